@@ -1,0 +1,127 @@
+// SIMD vectors in the compiler's own vector types: one source for SSE2, AVX2, AVX-512 and what else GCC or Clang target.
+// Include from *.simd.cpp alone: everything here lives in a namespace of its ISA.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace fastdiff::FASTDIFF_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kRegisters = 16;
+#else
+constexpr int kLanes = 4, kRegisters = 16;
+#endif
+
+typedef float f32 __attribute__((vector_size(4 * kLanes)));
+typedef int32_t i32 __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t u32 __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t u16 __attribute__((vector_size(2 * kLanes)));
+
+// Storage types; arithmetic is in float32.
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+inline f32 splat(float x) { return x - f32{}; }
+inline u32 splat(uint32_t x) { return x - u32{}; }
+inline u32 bits(f32 x) { return reinterpret_cast<u32>(x); }
+inline f32 from_bits(u32 x) { return reinterpret_cast<f32>(x); }
+
+template <class V, class T>
+inline V load_as(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline f32 to_f32(u16 h, bf16) { return from_bits(__builtin_convertvector(h, u32) << 16); }
+
+inline u16 from_f32(f32 x, bf16) {
+  const u32 b = bits(x);
+  // Nearest even; a NaN keeps its top bits and is made quiet, since rounding could carry it into infinity.
+  const u32 rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+  const u32 nan = (b >> 16) | 0x40u;
+  return __builtin_convertvector(x != x ? nan : rounded, u16);
+}
+
+#if defined(__AVX512F__)
+inline f32 to_f32(u16 h, f16) { return (f32)_mm512_cvtph_ps((__m256i)h); }
+inline u16 from_f32(f32 x, f16) { return (u16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#elif defined(__F16C__)
+inline f32 to_f32(u16 h, f16) { return (f32)_mm256_cvtph_ps((__m128i)h); }
+inline u16 from_f32(f32 x, f16) { return (u16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#else
+inline f32 to_f32(u16 h, f16) {
+  const u32 b = __builtin_convertvector(h, u32);
+  // Exponent and mantissa moved into place are the value times 2^-112, subnormals included; infinity and NaN get float32's exponent.
+  f32 magnitude = from_bits((b & 0x7fffu) << 13) * 0x1p112f;
+  magnitude = from_bits((b & 0x7c00u) == 0x7c00u ? (bits(magnitude) | 0x7f800000u) : bits(magnitude));
+  return from_bits(bits(magnitude) | ((b & 0x8000u) << 16));
+}
+
+inline u16 from_f32(f32 x, f16) {
+  const u32 b = bits(x), sign = (b >> 16) & 0x8000u, a = b & 0x7fffffffu;
+  const u32 normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  // Below 2^-14 the grid is fixed: adding 0.5 lets the float32 adder round to it, and the low bits of the sum are the subnormal.
+  const u32 subnormal = bits(from_bits(a) + 0.5f) - 0x3f000000u;
+  u32 h = a < 0x38800000u ? subnormal : normal;
+  h = a >= 0x477ff000u ? splat(0x7c00u) : h;
+  h = a > 0x7f800000u ? (0x7e00u | ((a >> 13) & 0x3ffu)) : h;
+  return __builtin_convertvector(h | sign, u16);
+}
+#endif
+
+inline f32 load(const float* p) { return load_as<f32>(p); }
+inline f32 load(const bf16* p) { return to_f32(load_as<u16>(p), bf16{}); }
+inline f32 load(const f16* p) { return to_f32(load_as<u16>(p), f16{}); }
+inline void store(float* p, f32 x) { std::memcpy(p, &x, sizeof x); }
+template <class T>
+inline void store(T* p, f32 x) {
+  const u16 h = from_f32(x, T{});
+  std::memcpy(p, &h, sizeof h);
+}
+
+// The first n < kLanes elements; the other lanes read as zero and are not written.
+template <class T>
+inline f32 load_n(const T* p, int n) {
+  T t[kLanes] = {};
+  std::memcpy(t, p, n * sizeof(T));
+  return load(t);
+}
+template <class T>
+inline void store_n(T* p, f32 x, int n) {
+  T t[kLanes];
+  store(t, x);
+  std::memcpy(p, t, n * sizeof(T));
+}
+
+template <class T>
+inline float load_one(const T* p) {
+  if constexpr (sizeof(T) == 4) return *p;
+  else return load_n(p, 1)[0];
+}
+
+inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
+
+template <class Op>
+inline float reduce(f32 v, Op op) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = op(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+inline float reduce_max(f32 v) { return reduce(v, [](float a, float b) { return a > b ? a : b; }); }
+inline float reduce_add(f32 v) { return reduce(v, [](float a, float b) { return a + b; }); }
+
+// 2^x for x <= 0 (to 1 ulp; 0 below -150; NaN stays). Splits x into a nearest integer and a remainder in [-1/2, 1/2]; the remainder's power is a
+// minimax polynomial of degree 6 (relative error 2e-8), the integer enters the exponent in two halves so that subnormals come out right.
+inline f32 exp2_nonpositive(f32 x);
+
+}  // namespace fastdiff::FASTDIFF_ISA

@@ -1,0 +1,1 @@
+"""What every op is built from; knows no op."""

@@ -1,0 +1,67 @@
+"""Cases: what inputs an op takes, how much work they are, and at which sizes it is timed. Read by testing and bench alike."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A size between `low` and `high` inclusive."""
+
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of the listed values; the first is what a benchmark row takes unless it says otherwise."""
+
+    values: tuple
+
+    def __init__(self, *values):
+        object.__setattr__(self, "values", values)
+
+
+@dataclass(frozen=True)
+class Array:
+    """A floating tensor of this shape. `masks` lets -inf stand in it (an additive mask); `dtype` fixes its dtype whatever the run's."""
+
+    shape: tuple
+    grad: bool = True
+    masks: bool = False
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Integers:
+    """An int64 tensor of this shape with values in [low, high]."""
+
+    shape: tuple
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """dims: name -> Dim or OneOf, drawn together. arguments(**dims): the call's keyword arguments, Array and Integers for its tensors.
+
+    flops(**arguments) and bytes(element_size, **arguments): the least work of a call, from shapes alone. batched: the tensor arguments
+    with a leading batch axis along which samples are independent. linear: the op is linear in its tensors. bench: row name -> dims.
+    """
+
+    dims: dict
+    arguments: Callable
+    flops: Callable
+    bytes: Callable
+    batched: tuple = ()
+    linear: bool = False
+    backward_flops: float = 2.0
+    bench: dict = field(default_factory=dict)
+
+    def sizes(self, **given):
+        """A full set of dims: `given`, and for the rest the first value of a OneOf or the lowest of a Dim."""
+        rest = {k: d.values[0] if isinstance(d, OneOf) else d.low for k, d in self.dims.items()}
+        unknown = set(given) - set(rest)
+        if unknown:
+            raise ValueError(f"case has no dims {sorted(unknown)}; it has {sorted(rest)}")
+        return rest | given

@@ -1,0 +1,80 @@
+"""Refusals of bad input: every message names op, argument, what was wanted and what was given."""
+
+from functools import lru_cache
+
+import torch
+
+_AXES = lru_cache(None)(str.split)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fail(op, text):
+    raise ValueError(f"{op}: {text}")
+
+
+def tensor(op, name, x):
+    """x, if it is a tensor; TypeError otherwise."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: {name} wants a torch.Tensor, got {type(x).__name__}")
+    return x
+
+
+def dims(op, **arrays):
+    """Sizes by axis letter of `name=(tensor, "B N D")` arguments that must agree; None tensors are skipped.
+
+    All must be strided floating tensors of one dtype on one device. Raises ValueError (TypeError for a non-tensor).
+    """
+    sizes, owner = {}, {}
+    first = None
+    for name, (x, layout) in arrays.items():
+        if x is None:
+            continue
+        if not isinstance(x, torch.Tensor):
+            tensor(op, name, x)
+        shape, axes = x.shape, _AXES(layout)
+        if len(shape) != len(axes):
+            fail(op, f"{name} wants {len(axes)} dimensions ({', '.join(axes)}), got {len(shape)}: {tuple(shape)}")
+        if first is None:
+            first, first_name, dtype, device = x, name, x.dtype, x.device
+            if dtype not in DTYPES:
+                fail(op, f"{name} wants float32, bfloat16, float16 or float64, got {dtype}")
+            _strided(op, name, x)
+        elif x is not first:
+            if x.dtype is not dtype:
+                fail(op, f"{name} has dtype {x.dtype}, but {first_name} has {dtype}")
+            if x.device != device:
+                fail(op, f"{name} is on {x.device}, but {first_name} is on {device}")
+            _strided(op, name, x)
+        for axis, size in zip(axes, shape, strict=True):
+            known = sizes.get(axis)
+            if known is None:
+                sizes[axis], owner[axis] = size, name
+            elif known != size:
+                fail(op, f"{name} has {axis} = {size}, but {owner[axis]} has {axis} = {known}")
+    return sizes
+
+
+def _strided(op, name, x):
+    if x.layout is not torch.strided:
+        fail(op, f"{name} wants a strided (dense) tensor, got {x.layout}")
+
+
+def option(op, name, value, choices):
+    """value, if it is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        fail(op, f"{name} wants one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def integers(op, name, value, length=None, *, least=1):
+    """A tuple of ints >= least, of the given length; an int stands for itself repeated (length 1 if none is given)."""
+    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
+        value = (value,) * (1 if length is None else length)
+    if not isinstance(value, tuple | list) or not all(isinstance(v, int | torch.SymInt) and not isinstance(v, bool) for v in value):
+        raise TypeError(f"{op}: {name} wants an int or a tuple of ints, got {value!r}")
+    if length is not None and len(value) != length:
+        fail(op, f"{name} wants {length} ints, got {len(value)}: {tuple(value)}")
+    for v in value:
+        if v < least:
+            fail(op, f"{name} wants values >= {least}, got {tuple(value)}")
+    return tuple(value)

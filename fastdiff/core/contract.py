@@ -1,0 +1,155 @@
+"""Contracts: an op's schema, meaning, shapes, backends and derivatives, registered with torch. The only file that calls torch.library."""
+
+import importlib
+from contextlib import nullcontext
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import _C
+from torch._C._functorch import is_legacy_batchedtensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+from . import backend as _backend
+from .backend import FORCED, choose, use_backend
+
+NAMESPACE = "fastdiff"
+REGISTRY = {}
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class Contract:
+    """One op. Calling it runs it: eagerly without torch's dispatcher where nothing needs that, else as torch.ops.fastdiff.<name>.
+
+    Without derivative rules (`autograd`) the reference stands in for the op wherever a derivative of it is wanted, so every order and
+    mode works; with them, forward and backward are kernels and `backward` is written in ops that are differentiable themselves.
+    """
+
+    def __init__(self, schema, outputs, values, reference, backends, module, autocast):
+        self.name = schema.split("(")[0]
+        self.outputs, self.values, self.reference, self.module, self.autocast = outputs, values, reference, module, autocast
+        self.backends = (*backends, _backend.reference(reference))
+        self._backward = self._jvp = self._saved = None
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self.op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        self._tensors = tuple((i, a.name, "Optional" in str(a.type)) for i, a in enumerate(self.op._schema.arguments) if "Tensor" in str(a.type))
+        _LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
+        _LIBRARY.impl(self.name, self._autograd, "Autograd", with_keyset=True)
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", outputs, lib=_LIBRARY)
+
+    def __call__(self, *args):
+        if self.autocast and _C._is_any_autocast_enabled():
+            args = self._cast(args)
+        if self._eager(args):
+            return self.run(*args)
+        for i, name, optional in self._tensors:
+            if not (isinstance(args[i], torch.Tensor) or (optional and args[i] is None)):
+                raise TypeError(f"{self.name}: {name} wants a torch.Tensor, got {type(args[i]).__name__}")
+        return self.op(*args)
+
+    def run(self, *args):
+        """Checks, allocates and computes on real tensors, with no derivative."""
+        outs = self.outputs(*args)
+        if self.values is not None:
+            self.values(*args)
+        choose(self.name, self.backends, args).run(args, outs if isinstance(outs, tuple) else (outs,))
+        return outs
+
+    def _eager(self, args):
+        """Whether torch's dispatcher would add nothing: no tracing, transform, mode, subclass or derivative is involved."""
+        if torch.compiler.is_compiling():
+            return False
+        if (_C._are_functorch_transforms_active() or _C._len_torch_dispatch_stack() or _C._len_torch_function_stack()
+                or forward_ad._current_level >= 0):
+            return False
+        grad = torch.is_grad_enabled()
+        for x in args:
+            if type(x) in _PLAIN:
+                if (grad and x.requires_grad) or x.is_meta or is_legacy_batchedtensor(x):
+                    return False
+            elif isinstance(x, torch.Tensor):
+                return False
+        return True
+
+    def _cast(self, args):
+        """As autocast treats matrix products: floating tensors but float64 go to the autocast dtype."""
+        device = next((x.device.type for x in args if isinstance(x, torch.Tensor)), "cpu")
+        if not torch.is_autocast_enabled(device):
+            return args
+        dtype = torch.get_autocast_dtype(device)
+        wants = lambda x: isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 and x.dtype != dtype
+        return tuple(x.to(dtype) if wants(x) else x for x in args)
+
+    # Derivatives
+
+    def autograd(self, *, save, backward, jvp):
+        """save(ctx, args, outs) -> tensors kept; backward(ctx, *dout) and jvp(ctx, *tangents) -> one entry per argument, per output.
+
+        ctx.saved_tensors are the kept tensors, ctx.args the other arguments in place (None for tensors), ctx.wants the arguments whose
+        gradient is wanted; a gradient or tangent that is absent is None. Both are written in differentiable ops.
+        """
+        contract = self
+
+        def forward(ctx, keyset, *args):
+            with _C._AutoDispatchBelowAutograd():
+                outs = contract.op.redispatch(keyset & _C._after_autograd_keyset, *args)
+            kept = save(ctx, args, outs)
+            ctx.save_for_backward(*kept)
+            ctx.save_for_forward(*kept)
+            ctx.args = tuple(None if isinstance(a, torch.Tensor) else a for a in args)
+            ctx.backend = FORCED.name
+            ctx.set_materialize_grads(False)
+            ctx.wants = ctx.needs_input_grad[1:]
+            return outs
+
+        def _reverse(ctx, *douts):
+            with use_backend(ctx.backend) if ctx.backend else nullcontext():
+                return None, *backward(ctx, *douts)
+
+        self._backward, self._jvp = backward, jvp
+        self._function = type(f"{self.name}_autograd", (torch.autograd.Function,), {
+            "forward": staticmethod(forward), "backward": staticmethod(_reverse),
+            "jvp": staticmethod(lambda ctx, _, *tangents: jvp(ctx, *tangents))})
+        self._apply = super(torch.autograd.Function, self._function).apply
+
+    def vmap(self, rule):
+        """rule(info, in_dims, *args) -> (outs, out_dims), as for torch.library.register_vmap."""
+        torch.library.register_vmap(f"{NAMESPACE}::{self.name}", rule, lib=_LIBRARY)
+
+    def _autograd(self, keyset, *args):
+        if (_C.is_grad_enabled() and _C._any_requires_grad(*args)) or forward_ad._current_level >= 0:
+            if self._backward is None:
+                return self._composite(args)
+            if _C._are_functorch_transforms_active():
+                with enable_single_level_autograd_function():
+                    return self._apply(keyset, *args)
+            return self._apply(keyset, *args)
+        with _C._AutoDispatchBelowAutograd():
+            return self.op.redispatch(keyset & _C._after_autograd_keyset, *args)
+
+    def _composite(self, args):
+        self.outputs(*args)
+        return self.reference(*args)
+
+    # For explain, testing and bench
+
+    def cases(self):
+        """public function name -> Case, from the op folder's cases.py."""
+        return importlib.import_module(f"{self.module}.cases").CASES
+
+    def public(self):
+        """public function name -> function, for every case of this contract's folder."""
+        folder = importlib.import_module(self.module)
+        return {name: getattr(folder, name) for name in self.cases()}
+
+
+def contract(schema, *, outputs, reference, backends=(), module, values=None, autocast=False):
+    """Defines torch.ops.fastdiff.<name> and returns its Contract, kept in REGISTRY.
+
+    outputs(*args): refuses bad input and allocates the results (real or fake). values(*args): refuses bad values, on real tensors alone.
+    reference(*args): the meaning. backends: rows in order of preference (None is skipped); the reference is appended as the last.
+    module: the op folder's package name. autocast: cast as autocast casts matrix products.
+    """
+    made = Contract(schema, outputs, values, reference, tuple(b for b in backends if b), module, autocast)
+    REGISTRY[made.name] = made
+    return made

@@ -1,0 +1,7 @@
+"""The ops, one folder each; see CONTRIBUTING.md for adding one."""
+
+from .attention import attention, attention_with_lse
+from .merge_attention import merge_attention
+from .patchify import patchify, unpatchify
+
+__all__ = ["attention", "attention_with_lse", "merge_attention", "patchify", "unpatchify"]

@@ -1,0 +1,167 @@
+"""Softmax attention, with the sizes of either side free: reads, writes and balanced shapes."""
+
+import torch
+
+from ...core.backend import cpu
+from ...core.check import dims, fail, tensor
+from ...core.contract import contract
+from . import reference, triton
+
+
+def _check(op, q, k, v, bias, key_lengths):
+    sizes = dims(op, q=(q, "B H M E"), k=(k, "B H N E"), v=(v, "B H N E"))
+    if bias is not None:
+        dims(op, q=(q, "B H M E"), bias=(bias, "b h m n"))
+        for axis, size, full in zip("BHMN", bias.shape, (*q.shape[:3], sizes["N"]), strict=True):
+            if size not in (1, full):
+                fail(op, f"bias wants sizes that broadcast to (B, H, M, N) = {(*q.shape[:3], sizes['N'])}, got {tuple(bias.shape)}: {axis}")
+    if key_lengths is not None:
+        if tensor(op, "key_lengths", key_lengths).dtype != torch.int64 or key_lengths.shape != q.shape[:1]:
+            fail(op, f"key_lengths wants int64 of shape (B,) = ({sizes['B']},), got {key_lengths.dtype} of {tuple(key_lengths.shape)}")
+        if key_lengths.device != q.device:
+            fail(op, f"key_lengths is on {key_lengths.device}, but q is on {q.device}")
+    return sizes
+
+
+def _empty_heads(x):
+    """Like x (B, H, S, E), dense; in (B, S, H, E) memory when x is, so that the projection after it needs no copy."""
+    B, H, S, E = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty((B, S, H, E)).transpose(1, 2)
+    return x.new_empty((B, H, S, E))
+
+
+def _outputs(q, k, v, bias, key_lengths, causal, scale):
+    _check("attention", q, k, v, bias, key_lengths)
+    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype is torch.float64 else torch.float32)
+
+
+def _backward_outputs(dout, dlse, q, k, v, bias, key_lengths, out, lse, causal, scale, bias_grad):
+    op = "attention_backward"
+    _check(op, q, k, v, bias, key_lengths)
+    dims(op, q=(q, "B H M E"), dout=(dout, "B H M E"), out=(out, "B H M E"))
+    dims(op, lse=(lse, "B H M"), dlse=(dlse, "B H M"))  # float32 beside half-precision q
+    return _empty_heads(q), _empty_heads(k), _empty_heads(v), q.new_empty(bias.shape if bias_grad else (0,))
+
+
+def _check_lengths(q, k, key_lengths):
+    if key_lengths is None or not key_lengths.numel():
+        return
+    N = k.shape[2]
+    if key_lengths.is_cuda:  # asked on the device, so that the host need not wait
+        torch._assert_async(((key_lengths >= 0) & (key_lengths <= N)).all(), f"attention: key_lengths wants values in [0, N = {N}]")
+    else:
+        low, high = torch.aminmax(key_lengths)
+        if low < 0 or high > N:
+            fail("attention", f"key_lengths wants values in [0, N = {N}], got [{low}, {high}]")
+
+
+ATTENTION = contract(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, bool causal, float? scale) -> (Tensor, Tensor)",
+    outputs=_outputs, values=lambda q, k, v, bias, key_lengths, *_: _check_lengths(q, k, key_lengths), reference=reference.attention,
+    backends=(triton.FORWARD, cpu("attention")), module=__name__, autocast=True)
+BACKWARD = contract(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, Tensor out, Tensor lse, "
+    "bool causal, float? scale, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    outputs=_backward_outputs, reference=reference.attention_backward, backends=(triton.BACKWARD, cpu("attention_backward")),
+    module=__name__)
+
+
+def _save(ctx, args, outs):
+    return (*args[:5], *outs)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, bias, key_lengths, out, lse = ctx.saved_tensors
+    wanted = ctx.wants[:4]
+    if (dout is None and dlse is None) or not any(wanted):
+        return (None,) * 7
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = BACKWARD(dout, dlse, q, k, v, bias, key_lengths, out, lse, *ctx.args[5:], wanted[3])
+    return *(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None, None
+
+
+def _jvp(ctx, dq, dk, dv, dbias, *_):
+    q, k, v, bias, key_lengths, out, lse = ctx.saved_tensors
+    p = reference.softmax(reference.scores(q, k, bias, key_lengths, *ctx.args[5:]))
+    scale = q.shape[3] ** -0.5 if ctx.args[6] is None else ctx.args[6]
+    ds = torch.zeros_like(p)
+    if dq is not None:
+        ds = ds + scale * (dq @ k.transpose(-1, -2))
+    if dk is not None:
+        ds = ds + scale * (q @ dk.transpose(-1, -2))
+    if dbias is not None:
+        ds = ds + dbias
+    dlse = (p * ds).sum(-1, keepdim=True)
+    dout = (p * (ds - dlse)) @ v
+    return dout if dv is None else dout + p @ dv, dlse[..., 0].to(lse.dtype)
+
+
+ATTENTION.autograd(save=_save, backward=_backward, jvp=_jvp)
+
+
+def _fold(x, dim, mapped, B):
+    """The mapped axis joins the batch: (mapped * B, ...), for an argument that may not be mapped, or has 1 for B."""
+    if x is None:
+        return None
+    x = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
+    return x.expand(mapped, B, *x.shape[2:]).flatten(0, 1)
+
+
+def _vmap(info, in_dims, *args):
+    q, V = args[0], info.batch_size
+    B = q.shape[0] if in_dims[0] is None else q.movedim(in_dims[0], 0).shape[1]
+    outs = ATTENTION(*(_fold(x, d, V, B) for x, d in zip(args[:5], in_dims[:5], strict=True)), *args[5:])
+    return tuple(x.unflatten(0, (V, B)) for x in outs), (0, 0)
+
+
+def _vmap_backward(info, in_dims, *args):
+    dout, bias, V = args[0], args[5], info.batch_size
+    B = dout.shape[0] if in_dims[0] is None else dout.movedim(in_dims[0], 0).shape[1]
+    *grads, dbias = BACKWARD(*(_fold(x, d, V, B) for x, d in zip(args[:9], in_dims[:9], strict=True)), *args[9:])
+    grads = [x.unflatten(0, (V, B)) for x in grads]
+    if not args[-1]:
+        return (*grads, dbias), (0, 0, 0, None)
+    dbias = dbias.unflatten(0, (V, B))
+    shared = (bias.shape if in_dims[5] is None else bias.movedim(in_dims[5], 0).shape[1:])[0] == 1
+    return (*grads, dbias.sum(1, keepdim=True) if shared else dbias), (0, 0, 0, 0)
+
+
+ATTENTION.vmap(_vmap)
+BACKWARD.vmap(_vmap_backward)
+
+
+def _options(bias, key_lengths, causal, scale):
+    if not isinstance(causal, bool):
+        raise TypeError(f"attention: causal wants a bool, got {causal!r}")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat)):
+        raise TypeError(f"attention: scale wants a float or None, got {scale!r}")
+    if bias is not None and tensor("attention", "bias", bias).dim() < 4:
+        bias = bias[(None,) * (4 - bias.dim())]
+    return bias, key_lengths, causal, scale
+
+
+def attention(q, k, v, *, bias=None, key_lengths=None, causal=False, scale=None):
+    """Softmax attention per head: out = softmax(scale q k^T + bias) v.
+
+    Shapes   q (B, H, M, E); k, v (B, H, N, E); any strides, transposed (B, S, H, E) memory is read in place -> out (B, H, M, E) in q's
+             memory order; bias broadcastable to (B, H, M, N), -inf hides a key; key_lengths (B,) int64 in [0, N] hides the keys from there on
+    Options  causal: query m sees keys n <= m + N - M (the last query is aligned with the last key); scale: 1 / sqrt(E) unless given
+    Dtypes   float32, float16, bfloat16, float64; all equal; computed in float32 (float64 in the reference). A query that sees no key gets 0
+    Grads    q, k, v, bias; first order by kernels that recompute the scores, higher orders and forward mode through the reference
+    Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
+    Source   Vaswani et al. 2017, section 3.2.1; online softmax of Milakov & Gimelshein 2018
+    """
+    return ATTENTION(q, k, v, *_options(bias, key_lengths, causal, scale))[0]
+
+
+def attention_with_lse(q, k, v, *, bias=None, key_lengths=None, causal=False, scale=None):
+    """`attention` and the log-sum-exp of its scores: (out, lse), lse = log sum_n exp(scale q k_n + bias_n).
+
+    Shapes   as in `attention`; lse (B, H, M), natural logarithm, -inf for a query that sees no key
+    Dtypes   as in `attention`; lse float32 (float64 for float64 inputs)
+    Grads    through both results
+    Raises   as in `attention`
+    Source   Dao et al. 2022, section 3.1; merge partial results with `merge_attention`
+    """
+    return ATTENTION(q, k, v, *_options(bias, key_lengths, causal, scale))

@@ -1,0 +1,52 @@
+"""Attention and its gradient as the textbook writes them."""
+
+import torch
+
+
+def scores(q, k, bias, key_lengths, causal, scale):
+    """scale q k^T + bias, with -inf where a query may not see a key."""
+    M, N = q.shape[2], k.shape[2]
+    s = (q * (q.shape[3] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+    if bias is not None:
+        s = s + bias
+    keys = torch.arange(N, device=q.device)
+    if key_lengths is not None:
+        s = s.masked_fill(keys >= key_lengths.view(-1, 1, 1, 1), -torch.inf)
+    if causal:
+        s = s.masked_fill(keys > torch.arange(M, device=q.device)[:, None] + (N - M), -torch.inf)
+    return s
+
+
+def softmax(s):
+    """Over the last axis; a row of -inf (a query with no key) gives zeros, and no derivative passes through its 0 / 0."""
+    none = (s == -torch.inf).all(-1, keepdim=True)
+    return torch.softmax(s.masked_fill(none, 0.0), -1).masked_fill(none, 0.0)
+
+
+def logsumexp(s):
+    """Over the last axis, in float32 or wider; a row of -inf gives -inf."""
+    s = s if s.dtype == torch.float64 else s.float()
+    if s.shape[-1] == 0:
+        return s.new_full(s.shape[:-1], -torch.inf)
+    none = (s == -torch.inf).all(-1)
+    return torch.logsumexp(s.masked_fill(none.unsqueeze(-1), 0.0), -1).masked_fill(none, -torch.inf)
+
+
+def attention(q, k, v, bias=None, key_lengths=None, causal=False, scale=None):
+    """(out, log-sum-exp of the scores); a query with no key gives out = 0, lse = -inf."""
+    s = scores(q, k, bias, key_lengths, causal, scale)
+    return softmax(s) @ v, logsumexp(s)
+
+
+def attention_backward(dout, dlse, q, k, v, bias, key_lengths, out, lse, causal, scale, bias_grad):
+    """Gradients (dq, dk, dv, dbias) of attention's (out, lse); dbias is empty unless wanted."""
+    p = softmax(scores(q, k, bias, key_lengths, causal, scale))
+    dp = dout @ v.transpose(-1, -2)
+    # softmax gives p (dp - sum(p dp)); the derivative of lse is p itself.
+    row = -(dp * p).sum(-1, keepdim=True)
+    if dlse is not None:
+        row = row + dlse.to(p.dtype).unsqueeze(-1)
+    ds = p * (dp + row)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    dbias = ds.sum_to_size(bias.shape) if bias_grad else q.new_empty(0)
+    return (ds @ k) * scale, (ds.transpose(-1, -2) @ q) * scale, p.transpose(-1, -2) @ dout, dbias

@@ -1,0 +1,103 @@
+"""Images to rows of patches and back: the same elements in another order."""
+
+from math import prod
+
+from ...core.backend import cpu, cuda
+from ...core.check import dims, fail, integers, option, tensor
+from ...core.contract import contract
+from . import reference, triton
+
+_LAYOUTS = {1: "B C w", 2: "B C h w", 3: "B C t h w"}
+_ORDERS = ("pqc", "cpq")
+
+
+def _patchify_outputs(x, patch, order):
+    op = "patchify"
+    dims(op, x=(x, _LAYOUTS[len(patch)]))
+    for axis, (size, p) in enumerate(zip(x.shape[2:], patch, strict=True)):
+        if size % p:
+            fail(op, f"patch wants divisors of the image size {tuple(x.shape[2:])}, got {tuple(patch)}: {size} % {p} != 0 on axis {axis + 2}")
+    tokens = prod(size // p for size, p in zip(x.shape[2:], patch, strict=True))
+    return x.new_empty((x.shape[0], tokens, prod(patch) * x.shape[1]))
+
+
+def _unpatchify_outputs(tokens, patch, grid, order):
+    op = "unpatchify"
+    sizes = dims(op, tokens=(tokens, "B N D"))
+    if sizes["N"] != prod(grid):
+        fail(op, f"grid wants a product of N = {sizes['N']} tokens, got {tuple(grid)}")
+    if sizes["D"] % prod(patch):
+        fail(op, f"patch wants a product that divides D = {sizes['D']}, got {tuple(patch)}")
+    return tokens.new_empty((sizes["B"], sizes["D"] // prod(patch), *(g * p for g, p in zip(grid, patch, strict=True))))
+
+
+PATCHIFY = contract("patchify(Tensor x, SymInt[] patch, str order) -> Tensor", outputs=_patchify_outputs, reference=reference.patchify,
+                    backends=(cuda("patchify"), triton.PATCHIFY, cpu("patchify")), module=__name__)
+UNPATCHIFY = contract("unpatchify(Tensor tokens, SymInt[] patch, SymInt[] grid, str order) -> Tensor", outputs=_unpatchify_outputs,
+                      reference=reference.unpatchify, backends=(cuda("unpatchify"), triton.UNPATCHIFY, cpu("unpatchify")),
+                      module=__name__)
+
+
+def _save_grid(ctx, args, outs):
+    ctx.grid = [size // p for size, p in zip(args[0].shape[2:], args[1], strict=True)]
+    return ()
+
+
+# A permutation of elements is linear, and its transpose is its inverse.
+PATCHIFY.autograd(
+    save=_save_grid,
+    backward=lambda ctx, dy: (None if dy is None else UNPATCHIFY(dy, ctx.args[1], ctx.grid, ctx.args[2]), None, None),
+    jvp=lambda ctx, dx, *_: PATCHIFY(dx, *ctx.args[1:]))
+UNPATCHIFY.autograd(
+    save=lambda ctx, args, outs: (),
+    backward=lambda ctx, dy: (None if dy is None else PATCHIFY(dy, ctx.args[1], ctx.args[3]), None, None, None),
+    jvp=lambda ctx, dtokens, *_: UNPATCHIFY(dtokens, *ctx.args[1:]))
+
+
+def _fold(made):
+    """Batching rule: the mapped axis joins B."""
+
+    def rule(info, in_dims, x, *options):
+        x = x.movedim(in_dims[0], 0)
+        return made(x.flatten(0, 1), *options).unflatten(0, x.shape[:2]), 0
+
+    return rule
+
+
+PATCHIFY.vmap(_fold(PATCHIFY))
+UNPATCHIFY.vmap(_fold(UNPATCHIFY))
+
+
+def patchify(x, patch, *, order="pqc"):
+    """Image to tokens, one per patch, row-major over the grid: y[b, n] = the elements of patch n.
+
+    Shapes   x (B, C, *space), space 1-D to 3-D, any strides; patch an int or one per axis, dividing it
+             -> y (B, N, prod(patch) * C), contiguous
+    Order    "pqc": row, column, channel within a token (DiT, RIN); "cpq": channel, row, column (convolution weights, pixel_unshuffle)
+    Dtypes   float32, float16, bfloat16, float64; elements are moved, not changed
+    Grads    x; every order
+    Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
+    Source   Dosovitskiy et al. 2021, section 3.1; Peebles & Xie 2023, section 3.2
+    """
+    space = tensor("patchify", "x", x).dim() - 2
+    if space not in _LAYOUTS:
+        fail("patchify", f"x wants 3 to 5 dimensions (B, C, 1 to 3 of space), got {x.dim()}: {tuple(x.shape)}")
+    return PATCHIFY(x, integers("patchify", "patch", patch, space), option("patchify", "order", order, _ORDERS))
+
+
+def unpatchify(tokens, patch, grid, *, order="pqc"):
+    """Tokens to image, the inverse of `patchify`: unpatchify(patchify(x, patch), patch, grid) = x.
+
+    Shapes   tokens (B, N, prod(patch) * C), N = prod(grid); grid one int per axis (1 to 3); patch an int or one per axis
+             -> x (B, C, *(grid * patch)), contiguous
+    Order    as in `patchify`
+    Dtypes   float32, float16, bfloat16, float64; elements are moved, not changed
+    Grads    tokens; every order
+    Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
+    Source   Peebles & Xie 2023, section 3.2
+    """
+    tensor("unpatchify", "tokens", tokens)
+    grid = integers("unpatchify", "grid", grid, least=0)
+    if len(grid) not in _LAYOUTS:
+        fail("unpatchify", f"grid wants 1 to 3 ints, got {len(grid)}: {grid}")
+    return UNPATCHIFY(tokens, integers("unpatchify", "patch", patch, len(grid)), grid, option("unpatchify", "order", order, _ORDERS))

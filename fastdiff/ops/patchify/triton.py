@@ -1,0 +1,2 @@
+"""Patchify and unpatchify as one gather or scatter over output-ordered elements."""
+PATCHIFY = UNPATCHIFY = None
