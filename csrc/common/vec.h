@@ -51,8 +51,9 @@ inline u16 from_f32(f32 x, bf16) {
 }
 
 #if defined(__AVX512F__)
-inline f32 to_f32(u16 h, f16) { return (f32)_mm512_cvtph_ps((__m256i)h); }
-inline u16 from_f32(f32 x, f16) { return (u16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// The zero-masking forms: GCC 12 warns of the undefined merge operand inside the plain ones.
+inline f32 to_f32(u16 h, f16) { return (f32)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h); }
+inline u16 from_f32(f32 x, f16) { return (u16)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #elif defined(__F16C__)
 inline f32 to_f32(u16 h, f16) { return (f32)_mm256_cvtph_ps((__m128i)h); }
 inline u16 from_f32(f32 x, f16) { return (u16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -120,8 +121,37 @@ inline float reduce(f32 v, Op op) {
 inline float reduce_max(f32 v) { return reduce(v, [](float a, float b) { return a > b ? a : b; }); }
 inline float reduce_add(f32 v) { return reduce(v, [](float a, float b) { return a + b; }); }
 
-// 2^x for x <= 0 (to 1 ulp; 0 below -150; NaN stays). Splits x into a nearest integer and a remainder in [-1/2, 1/2]; the remainder's power is a
-// minimax polynomial of degree 6 (relative error 2e-8), the integer enters the exponent in two halves so that subnormals come out right.
-inline f32 exp2_nonpositive(f32 x);
+// 2^x for x < 128, correct to 1 ulp; 0 below -126.5; NaN stays. x is split into the nearest integer and a remainder in [-1/2, 1/2]; the
+// remainder's power is the minimax polynomial of degree 6 (relative error 2e-9), the integer goes into the exponent. Adding 1.5 * 2^23
+// rounds to the integer and leaves it in the low bits.
+inline f32 exp2(f32 x) {
+  x = x < -127.0f ? splat(-127.0f) : x;
+  const f32 shifted = x + 0x1.8p23f, r = x - (shifted - 0x1.8p23f);
+  f32 p = r * 0x1.41d334p-13f + 0x1.5f456ap-10f;
+  p = p * r + 0x1.3b2dbcp-7f;
+  p = p * r + 0x1.c6aed4p-5f;
+  p = p * r + 0x1.ebfbdap-3f;
+  p = p * r + 0x1.62e430p-1f;
+  p = p * r + 1.0f;
+  return p * from_bits((bits(shifted) << 23) + 0x3f800000u);
+}
+
+// v[i][j] -> v[j][i] of a square block in registers: log2(kLanes) rounds, round h exchanges the off-diagonal blocks of size h.
+template <int h = 1>
+inline void transpose(f32 (&v)[kLanes]) {
+  u32 low, high;
+  for (int l = 0; l < kLanes; ++l) {
+    low[l] = l & h ? kLanes + l - h : l;
+    high[l] = l & h ? kLanes + l : l + h;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & h)) {
+      const f32 a = v[i], b = v[i + h];
+      v[i] = __builtin_shuffle(a, b, low);
+      v[i + h] = __builtin_shuffle(a, b, high);
+    }
+  if constexpr (2 * h < kLanes) transpose<2 * h>(v);
+}
 
 }  // namespace fastdiff::FASTDIFF_ISA

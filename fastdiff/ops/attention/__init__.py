@@ -33,14 +33,15 @@ def _empty_heads(x):
 
 def _outputs(q, k, v, bias, key_lengths, causal, scale):
     _check("attention", q, k, v, bias, key_lengths)
-    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype is torch.float64 else torch.float32)
+    wide = torch.float64 if q.dtype is torch.float64 else torch.float32
+    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=wide), q.new_empty(q.shape[:3], dtype=wide)
 
 
-def _backward_outputs(dout, dlse, q, k, v, bias, key_lengths, out, lse, causal, scale, bias_grad):
+def _backward_outputs(dout, dlse, q, k, v, bias, key_lengths, out, lse, lse_low, causal, scale, bias_grad):
     op = "attention_backward"
     _check(op, q, k, v, bias, key_lengths)
     dims(op, q=(q, "B H M E"), dout=(dout, "B H M E"), out=(out, "B H M E"))
-    dims(op, lse=(lse, "B H M"), dlse=(dlse, "B H M"))  # float32 beside half-precision q
+    dims(op, lse=(lse, "B H M"), lse_low=(lse_low, "B H M"), dlse=(dlse, "B H M"))  # float32 beside half-precision q
     return _empty_heads(q), _empty_heads(k), _empty_heads(v), q.new_empty(bias.shape if bias_grad else (0,))
 
 
@@ -57,32 +58,33 @@ def _check_lengths(q, k, key_lengths):
 
 
 ATTENTION = contract(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, bool causal, float? scale) -> (Tensor, Tensor)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, bool causal, float? scale) -> (Tensor, Tensor, Tensor)",
     outputs=_outputs, values=lambda q, k, v, bias, key_lengths, *_: _check_lengths(q, k, key_lengths), reference=reference.attention,
     backends=(triton.FORWARD, cpu("attention")), module=__name__, autocast=True)
 BACKWARD = contract(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, Tensor out, Tensor lse, "
-    "bool causal, float? scale, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor lse_low, bool causal, float? scale, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     outputs=_backward_outputs, reference=reference.attention_backward, backends=(triton.BACKWARD, cpu("attention_backward")),
     module=__name__)
 
 
 def _save(ctx, args, outs):
+    ctx.mark_non_differentiable(outs[2])
     return (*args[:5], *outs)
 
 
-def _backward(ctx, dout, dlse):
-    q, k, v, bias, key_lengths, out, lse = ctx.saved_tensors
+def _backward(ctx, dout, dlse, _):
+    q, k, v, bias, key_lengths, out, lse, lse_low = ctx.saved_tensors
     wanted = ctx.wants[:4]
     if (dout is None and dlse is None) or not any(wanted):
         return (None,) * 7
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = BACKWARD(dout, dlse, q, k, v, bias, key_lengths, out, lse, *ctx.args[5:], wanted[3])
+    grads = BACKWARD(dout, dlse, q, k, v, bias, key_lengths, out, lse, lse_low, *ctx.args[5:], wanted[3])
     return *(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None, None
 
 
-def _jvp(ctx, dq, dk, dv, dbias, *_):
-    q, k, v, bias, key_lengths, out, lse = ctx.saved_tensors
+def _jvp(ctx, dq, dk, dv, dbias, *rest):
+    q, k, v, bias, key_lengths, _, lse, _ = ctx.saved_tensors
     p = reference.softmax(reference.scores(q, k, bias, key_lengths, *ctx.args[5:]))
     scale = q.shape[3] ** -0.5 if ctx.args[6] is None else ctx.args[6]
     ds = torch.zeros_like(p)
@@ -94,7 +96,7 @@ def _jvp(ctx, dq, dk, dv, dbias, *_):
         ds = ds + dbias
     dlse = (p * ds).sum(-1, keepdim=True)
     dout = (p * (ds - dlse)) @ v
-    return dout if dv is None else dout + p @ dv, dlse[..., 0].to(lse.dtype)
+    return dout if dv is None else dout + p @ dv, dlse[..., 0].to(lse.dtype), None
 
 
 ATTENTION.autograd(save=_save, backward=_backward, jvp=_jvp)
@@ -112,13 +114,13 @@ def _vmap(info, in_dims, *args):
     q, V = args[0], info.batch_size
     B = q.shape[0] if in_dims[0] is None else q.movedim(in_dims[0], 0).shape[1]
     outs = ATTENTION(*(_fold(x, d, V, B) for x, d in zip(args[:5], in_dims[:5], strict=True)), *args[5:])
-    return tuple(x.unflatten(0, (V, B)) for x in outs), (0, 0)
+    return tuple(x.unflatten(0, (V, B)) for x in outs), (0, 0, 0)
 
 
 def _vmap_backward(info, in_dims, *args):
     dout, bias, V = args[0], args[5], info.batch_size
     B = dout.shape[0] if in_dims[0] is None else dout.movedim(in_dims[0], 0).shape[1]
-    *grads, dbias = BACKWARD(*(_fold(x, d, V, B) for x, d in zip(args[:9], in_dims[:9], strict=True)), *args[9:])
+    *grads, dbias = BACKWARD(*(_fold(x, d, V, B) for x, d in zip(args[:10], in_dims[:10], strict=True)), *args[10:])
     grads = [x.unflatten(0, (V, B)) for x in grads]
     if not args[-1]:
         return (*grads, dbias), (0, 0, 0, None)
@@ -164,4 +166,4 @@ def attention_with_lse(q, k, v, *, bias=None, key_lengths=None, causal=False, sc
     Raises   as in `attention`
     Source   Dao et al. 2022, section 3.1; merge partial results with `merge_attention`
     """
-    return ATTENTION(q, k, v, *_options(bias, key_lengths, causal, scale))
+    return ATTENTION(q, k, v, *_options(bias, key_lengths, causal, scale))[:2]

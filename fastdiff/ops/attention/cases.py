@@ -49,6 +49,7 @@ _BENCH = {
 _CASE = Case(
     dims=dict(B=Dim(0, 3), H=Dim(1, 3), M=Dim(0, 160), N=Dim(0, 300), E=Dim(1, 80), bias=OneOf(None, *_BIAS), lengths=OneOf(False, True),
               causal=OneOf(False, True), scale=OneOf(None, 0.37)),
-    arguments=_arguments, flops=_flops, bytes=_bytes, batched=("q", "k", "v", "key_lengths"), backward_flops=2.5, bench=_BENCH)
+    arguments=_arguments, flops=_flops, bytes=_bytes, batched=("q", "k", "v", "key_lengths"), heads=("q", "k", "v"),
+    backward_flops=2.5, bench=_BENCH)
 
 CASES = {"attention": _CASE, "attention_with_lse": _CASE}

@@ -33,12 +33,16 @@ def logsumexp(s):
 
 
 def attention(q, k, v, bias=None, key_lengths=None, causal=False, scale=None):
-    """(out, log-sum-exp of the scores); a query with no key gives out = 0, lse = -inf."""
+    """(out, lse, lse_low): lse the log-sum-exp of the scores, lse_low what its rounding left over (a kernel may know it; here 0).
+
+    A query with no key gives out = 0, lse = -inf.
+    """
     s = scores(q, k, bias, key_lengths, causal, scale)
-    return softmax(s) @ v, logsumexp(s)
+    lse = logsumexp(s)
+    return softmax(s) @ v, lse, torch.zeros_like(lse)
 
 
-def attention_backward(dout, dlse, q, k, v, bias, key_lengths, out, lse, causal, scale, bias_grad):
+def attention_backward(dout, dlse, q, k, v, bias, key_lengths, out, lse, lse_low, causal, scale, bias_grad):
     """Gradients (dq, dk, dv, dbias) of attention's (out, lse); dbias is empty unless wanted."""
     p = softmax(scores(q, k, bias, key_lengths, causal, scale))
     dp = dout @ v.transpose(-1, -2)

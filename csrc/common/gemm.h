@@ -1,0 +1,128 @@
+// Matrix products C (+)= A B of blocks that lie in cache, in float32: register tiles of kRows rows and up to kPanel vectors of columns.
+// Include from *.simd.cpp alone.
+#pragma once
+
+#include "common/vec.h"
+
+namespace fastdiff::FASTDIFF_ISA {
+
+// A tile of 6 x 4 vectors is 24 accumulators of 32 registers and does 24 FMAs for 4 loads and 6 broadcasts: the FMA units are the limit.
+// With 16 registers it is 6 x 2.
+constexpr int kRows = 6, kPanel = kRegisters == 32 ? 4 : 2;
+
+inline int vectors(int64_t columns) { return static_cast<int>((columns + kLanes - 1) / kLanes); }
+inline int64_t padded(int64_t columns) { return int64_t{vectors(columns)} * kLanes; }
+
+// Columns in panels of at most kPanel vectors, as even as they go: 17 vectors are 4 + 4 + 3 + 3 + 3.
+struct Panels {
+  int count, least, wider;  // the first `wider` panels have one vector more than `least`
+  explicit Panels(int vectors) : count((vectors + kPanel - 1) / kPanel), least(count ? vectors / count : 0), wider(count ? vectors % count : 0) {}
+  int width(int p) const { return least + (p < wider); }
+  int first(int p) const { return p * least + (p < wider ? p : wider); }
+};
+
+// B as panels that lie one after the other, each (K, width), or as rows of `stride` elements.
+struct Matrix {
+  const float* data;
+  int64_t stride;  // 0: packed panels
+};
+
+enum class A { rows, columns };  // element (i, k) at i * stride + k, or at k * stride + i
+
+// Every element is one chain of FMAs over k from zero, whatever the tile: equal rows and columns give equal bits. Adding C last keeps the
+// chain, and with it the rounding error, to the length of one block.
+template <int R, int V, A order, bool add>
+inline void tile(int64_t K, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
+  f32 acc[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) acc[r][v] = f32{};
+  for (int64_t k = 0; k < K; ++k) {
+    f32 row[V];
+    for (int v = 0; v < V; ++v) row[v] = load(b + k * b_stride + v * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const float x = order == A::rows ? a[r * a_stride + k] : a[k * a_stride + r];
+      for (int v = 0; v < V; ++v) acc[r][v] += x * row[v];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) {
+      float* out = c + r * c_stride + v * kLanes;
+      store(out, add ? load(out) + acc[r][v] : acc[r][v]);
+    }
+}
+
+template <int V, A order, bool add>
+inline void panel(int64_t M, int64_t K, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
+  const int64_t step = order == A::rows ? a_stride : 1;
+  int64_t i = 0;
+  for (; i + kRows <= M; i += kRows) tile<kRows, V, order, add>(K, a + i * step, a_stride, b, b_stride, c + i * c_stride, c_stride);
+  a += i * step;
+  c += i * c_stride;
+  switch (M - i) {
+    case 1: return tile<1, V, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
+    case 2: return tile<2, V, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
+    case 3: return tile<3, V, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
+    case 4: return tile<4, V, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
+    case 5: return tile<5, V, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
+  }
+}
+
+// C (M, columns in whole vectors) = A (M, K) B (K, columns), or += with add.
+template <A order, bool add>
+void gemm(int64_t M, int columns, int64_t K, const float* a, int64_t a_stride, Matrix b, float* c, int64_t c_stride) {
+  const Panels panels(columns);
+  for (int p = 0; p < panels.count; ++p) {
+    const int width = panels.width(p), first = panels.first(p) * kLanes;
+    const float* source = b.data + (b.stride ? first : first * K);
+    const int64_t stride = b.stride ? b.stride : width * kLanes;
+    switch (width) {
+      case 1: panel<1, order, add>(M, K, a, a_stride, source, stride, c + first, c_stride); break;
+      case 2: panel<2, order, add>(M, K, a, a_stride, source, stride, c + first, c_stride); break;
+      case 3: if constexpr (kPanel > 2) panel<3, order, add>(M, K, a, a_stride, source, stride, c + first, c_stride); break;
+      case 4: if constexpr (kPanel > 2) panel<4, order, add>(M, K, a, a_stride, source, stride, c + first, c_stride); break;
+    }
+  }
+}
+
+// Rows of T to rows of float, scaled, padded with zeros to whole vectors: (rows, padded(columns)).
+template <class T>
+void pack_rows(int64_t rows, int64_t columns, const T* x, int64_t stride, float scale, float* out) {
+  const int64_t width = padded(columns);
+  for (int64_t i = 0; i < rows; ++i, x += stride, out += width) {
+    int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) store(out + j, load(x + j) * scale);
+    if (j < columns) store(out + j, load_n(x + j, static_cast<int>(columns - j)) * scale);
+  }
+}
+
+// Rows of T to packed panels of their transpose, scaled: B of K = columns, with the rows for its columns, padded with zeros.
+template <class T>
+void pack_transposed(int64_t rows, int64_t columns, const T* x, int64_t stride, float scale, float* out) {
+  const Panels panels(vectors(rows));
+  for (int p = 0; p < panels.count; ++p) {
+    const int width = panels.width(p) * kLanes;
+    float* block = out + panels.first(p) * kLanes * columns;
+    for (int r0 = 0; r0 < width; r0 += kLanes)
+      for (int64_t j = 0; j < columns; j += kLanes) {
+        const int n = static_cast<int>(columns - j < kLanes ? columns - j : kLanes);
+        const int64_t row = panels.first(p) * kLanes + r0;
+        f32 v[kLanes];
+        for (int r = 0; r < kLanes; ++r) {
+          const T* source = x + (row + r) * stride + j;
+          v[r] = row + r >= rows ? f32{} : (n == kLanes ? load(source) : load_n(source, n)) * scale;
+        }
+        transpose(v);
+        for (int e = 0; e < n; ++e) store(block + (j + e) * width + r0, v[e]);
+      }
+  }
+}
+
+// Rows of float to rows of T, each scaled by a number of its own.
+template <class T>
+inline void unpack_row(int64_t columns, const float* x, float scale, T* out) {
+  int64_t j = 0;
+  for (; j + kLanes <= columns; j += kLanes) store(out + j, load(x + j) * scale);
+  if (j < columns) store_n(out + j, load(x + j) * scale, static_cast<int>(columns - j));
+}
+
+}  // namespace fastdiff::FASTDIFF_ISA

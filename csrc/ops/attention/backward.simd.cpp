@@ -1,0 +1,184 @@
+#include "ops/attention/block.h"
+
+namespace fastdiff::attention::FASTDIFF_ISA {
+namespace {
+
+// Scratch of an item, in floats. dq, dk, dv: sums while the item runs, used where they do not go to a partial buffer.
+struct Layout {
+  int64_t width, stride, stats, kt, vt, k, q, dout, s, ds, dq, dk, dv, total;
+  Layout(const Problem& p, const Plan& plan) : width(padded(p.E)), stride(score_stride(plan)) {
+    const int64_t keys = plan.key_block, rows = plan.query_block, columns = padded(keys);
+    stats = 0;
+    kt = stats + (plan.query_rows * 3 + 15) / 16 * 16;
+    vt = kt + p.E * columns;
+    k = vt + p.E * columns;
+    q = k + keys * width;
+    dout = q + rows * width;
+    s = dout + rows * width;
+    ds = s + rows * stride;
+    dk = ds + rows * stride;
+    dv = dk + keys * width;
+    dq = dv + keys * width;
+    total = dq + (plan.key_splits == 1 ? plan.query_rows * width : 0);
+  }
+};
+
+// Three floats of each query: its log-sum-exp in log2 units in two floats (+inf where it sees no key, so that every probability is 0), and
+// what the softmax takes off its row of dP: sum(dout * out) - dlse. That sum runs over E in one chain as dP's products do, so that a query
+// that sees one key alone gets a gradient of exactly 0. kLanes queries at a time, transposed into `x` and `y`.
+void row_stats(const Problem& p, const BackwardIn& in, const Item& item, float* x, float* y, float* stats) {
+  for (int64_t m = item.m0; m < item.m1; m += kLanes) {
+    const int64_t n = least(kLanes, item.m1 - m), first = (item.b * p.H + item.h) * p.M + m;
+    typed(p.type, [&]<class T>() {
+      pack_transposed(n, p.E, row<T>(in.dout, item.b, item.h, m), in.dout.s, 1.0f, x);
+      pack_transposed(n, p.E, row<T>(in.out, item.b, item.h, m), in.out.s, 1.0f, y);
+    });
+    f32 sum = {};
+    for (int64_t e = 0; e < p.E; ++e) sum += load(x + e * kLanes) * load(y + e * kLanes);
+    for (int64_t i = 0; i < n; ++i, stats += 3) {
+      const double lse = (static_cast<double>(in.lse[first + i]) + in.lse_low[first + i]) * kLog2e;
+      stats[0] = lse == -kInf ? kInf : static_cast<float>(lse);
+      const float low = static_cast<float>(lse - stats[0]);
+      stats[1] = __builtin_isfinite(low) ? low : 0.0f;
+      stats[2] = sum[i] - (in.dlse ? in.dlse[first + i] : 0.0f);
+    }
+  }
+}
+
+// s: scores to probabilities; ds: dP to the gradient of the scores.
+inline void probabilities(float* s, float* ds, int64_t width, const float* stats) {
+  const float lse = stats[0], lse_low = stats[1], taken = stats[2];
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const f32 e = exp2((load(s + j) - lse) - lse_low);
+    store(s + j, e);
+    store(ds + j, e * (load(ds + j) - taken));
+  }
+}
+
+void keep_dbias(const Problem& p, const BackwardOut& o, const Item& item, int64_t m, int64_t n0, int64_t keys, const float* ds) {
+  const int64_t at = ((item.b * p.H + item.h) * p.M + m) * p.N + n0;
+  if (o.dbias_f32) return unpack_row(keys, ds, 1.0f, static_cast<float*>(o.dbias) + at);
+  typed(p.type, [&]<class T>() {
+    unpack_row(keys, ds, 1.0f, static_cast<T*>(o.dbias) + at);
+  });
+}
+
+inline void clear(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) store(x + i, f32{});
+}
+
+void keep(const Problem& p, const View& x, const Item& item, int64_t begin, int64_t rows, const float* sums, int64_t width, float scale) {
+  typed(p.type, [&]<class T>() {
+    for (int64_t i = 0; i < rows; ++i) unpack_row(p.E, sums + i * width, scale, row<T>(x, item.b, item.h, begin + i));
+  });
+}
+
+// Scales finished sums where they lie, for the pass that adds the splits.
+inline void scale_rows(float* x, int64_t n, float scale) {
+  for (int64_t i = 0; i < n; i += kLanes) store(x + i, load(x + i) * scale);
+}
+
+void run(const Problem& p, const Plan& plan, const BackwardIn& in, const BackwardOut& o, int64_t index, float* scratch) {
+  const Item item(p, plan, index);
+  const Layout at(p, plan);
+  const int64_t w = at.width, stride = at.stride, bh = item.b * p.H + item.h;
+  float *stats = scratch + at.stats, *kt = scratch + at.kt, *vt = scratch + at.vt, *k = scratch + at.k, *q = scratch + at.q,
+        *dout = scratch + at.dout, *s = scratch + at.s, *ds = scratch + at.ds;
+  const bool own_q = plan.key_splits == 1, own_k = plan.query_splits == 1;
+  float* dq = own_q ? scratch + at.dq : o.dq_partial + ((item.key_split * p.B * p.H + bh) * p.M + item.m0) * w;
+  const int64_t rows = item.m1 - item.m0;
+  clear(dq, rows * w);
+  row_stats(p, in, item, kt, vt, stats);
+
+  for (int64_t n0 = item.n0; n0 < item.n1; n0 += plan.key_block) {
+    const int64_t keys = least(plan.key_block, item.n1 - n0);
+    const int64_t split = ((item.query_split * p.B * p.H + bh) * p.N + n0) * w;
+    float* dk = own_k ? scratch + at.dk : o.dk_partial + split;
+    float* dv = own_k ? scratch + at.dv : o.dv_partial + split;
+    clear(dk, keys * w);
+    clear(dv, keys * w);
+    const int64_t visible = least(keys, p.seen(item.b, item.m1 - 1) - n0), width = padded(visible);
+    if (visible > 0)
+      typed(p.type, [&]<class T>() {
+        pack_transposed(visible, p.E, row<T>(p.k, item.b, item.h, n0), p.k.s, 1.0f, kt);
+        pack_transposed(visible, p.E, row<T>(p.v, item.b, item.h, n0), p.v.s, 1.0f, vt);
+        pack_rows(visible, p.E, row<T>(p.k, item.b, item.h, n0), p.k.s, 1.0f, k);
+      });
+    for (int64_t r = 0; r < rows; r += plan.query_block) {
+      const int64_t n = least(plan.query_block, rows - r), m = item.m0 + r;
+      const bool hidden = p.seen(item.b, m + n - 1) <= n0;
+      if (!hidden) {
+        typed(p.type, [&]<class T>() {
+          pack_rows(n, p.E, row<T>(p.q, item.b, item.h, m), p.q.s, score_scale(p), q);
+          pack_rows(n, p.E, row<T>(in.dout, item.b, item.h, m), in.dout.s, 1.0f, dout);
+        });
+        gemm<A::rows, false>(n, vectors(visible), p.E, q, w, {kt, 0}, s, stride);
+        if (p.bias || visible != width || p.seen(item.b, m) < n0 + visible) mask(p, item, m, n, n0, visible, s, stride);
+        gemm<A::rows, false>(n, vectors(visible), p.E, dout, w, {vt, 0}, ds, stride);
+        for (int64_t i = 0; i < n; ++i) probabilities(s + i * stride, ds + i * stride, width, stats + 3 * (r + i));
+        gemm<A::columns, true>(visible, vectors(p.E), n, s, stride, {dout, w}, dv, w);
+        gemm<A::columns, true>(visible, vectors(p.E), n, ds, stride, {q, w}, dk, w);
+        gemm<A::rows, true>(n, vectors(p.E), visible, ds, stride, {k, w}, dq + r * w, w);
+      }
+      if (o.dbias)
+        for (int64_t i = 0; i < n; ++i) {
+          float* line = ds + i * stride;
+          clear(line + (hidden ? 0 : width), padded(keys) - (hidden ? 0 : width));
+          keep_dbias(p, o, item, m + i, n0, keys, line);
+        }
+    }
+    scale_rows(dk, keys * w, static_cast<float>(kLn2));  // q is in log2 units
+    if (own_k) {
+      keep(p, o.dk, item, n0, keys, dk, w, 1.0f);
+      keep(p, o.dv, item, n0, keys, dv, w, 1.0f);
+    }
+  }
+  scale_rows(dq, rows * w, p.scale);
+  if (own_q) keep(p, o.dq, item, item.m0, rows, dq, w, 1.0f);
+}
+
+void sum(const Problem& p, const View& x, int64_t S, const float* partial, int64_t splits, int64_t begin, int64_t end) {
+  const int64_t w = padded(p.E), slice = p.B * p.H * S * w;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t bh = i / S;
+    typed(p.type, [&]<class T>() {
+      T* out = row<T>(x, bh / p.H, bh % p.H, i % S);
+      for (int64_t j = 0; j < p.E; j += kLanes) {
+        f32 total = load(partial + i * w + j);
+        for (int64_t k = 1; k < splits; ++k) total += load(partial + k * slice + i * w + j);
+        if (j + kLanes <= p.E) store(out + j, total);
+        else store_n(out + j, total, static_cast<int>(p.E - j));
+      }
+    });
+  }
+}
+
+void sum_bias(const Problem& p, const int64_t (&own)[4], const float* full, void* dbias, int64_t begin, int64_t end) {
+  const int64_t summed[3] = {p.B / own[0], p.H / own[1], p.M / own[2]}, columns = own[3];
+  constexpr int64_t kColumns = 512;
+  double sums[kColumns];  // float64: one may be the sum of a million
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t b0 = r / (own[1] * own[2]), h0 = r / own[2] % own[1], m0 = r % own[2];
+    for (int64_t n0 = 0; n0 < columns; n0 += kColumns) {
+      const int64_t n = least(kColumns, columns - n0);
+      for (int64_t j = 0; j < n; ++j) sums[j] = 0.0;
+      for (int64_t b = b0; b < b0 + summed[0]; ++b)
+        for (int64_t h = h0; h < h0 + summed[1]; ++h)
+          for (int64_t m = m0; m < m0 + summed[2]; ++m) {
+            const float* x = full + ((b * p.H + h) * p.M + m) * columns + n0;
+            for (int64_t j = 0; j < n; ++j) sums[j] += x[j];
+          }
+      typed(p.type, [&]<class T>() {
+        for (int64_t j = 0; j < n; ++j) store_n(static_cast<T*>(dbias) + r * columns + n0 + j, splat(static_cast<float>(sums[j])), 1);
+      });
+    }
+  }
+}
+
+int64_t scratch(const Problem& p, const Plan& plan) { return Layout(p, plan).total; }
+
+}  // namespace
+
+const BackwardKernels backward{scratch, padded, run, sum, sum_bias};
+
+}  // namespace fastdiff::attention::FASTDIFF_ISA
