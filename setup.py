@@ -1,7 +1,7 @@
 """Builds the native libraries with CMake and packs them into one py3-none wheel; metadata is in pyproject.toml.
 
 Knobs: MAX_JOBS (parallel compilations), TORCH_CUDA_ARCH_LIST (as for torch extensions), FASTDIFF_CUDA=0|1 (never | required; unset builds
-the CUDA library where nvcc is found), FASTDIFF_SANITIZE=1, FASTDIFF_WERROR=1. Without torch, compiler or nvcc the install succeeds;
+the CUDA library where nvcc is found), FASTDIFF_WERROR=1 (our own warnings are errors). Without torch, compiler or nvcc the install succeeds;
 fastdiff/_native/build.json keeps the reason and `python -m fastdiff info` shows it.
 """
 
@@ -18,10 +18,6 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-
-
-def flag(name):
-    return os.environ.get(name, "0") not in ("", "0")
 
 
 def cuda_architectures(text):
@@ -81,10 +77,11 @@ class BuildNative(build_ext):
             if os.environ.get("FASTDIFF_CUDA") == "1":
                 raise SystemExit(f"FASTDIFF_CUDA=1, but {why}")
             return [("fastdiff_cpu", why), ("fastdiff_cuda", why)]
-        switches = [f"-D{name}={'ON' if flag(name) else 'OFF'}" for name in ("FASTDIFF_SANITIZE", "FASTDIFF_WERROR")]
-        base = ROOT / "build" / ("sanitize" if flag("FASTDIFF_SANITIZE") else "native")
+        strict = os.environ.get("FASTDIFF_WERROR") == "1"
+        switches = [f"-DFASTDIFF_WERROR={'ON' if strict else 'OFF'}"]
+        base = ROOT / "build" / "native"
         cpu = build("fastdiff_cpu", base / "cpu", torch, switches)
-        if flag("FASTDIFF_WERROR") and not isinstance(cpu, Path):
+        if strict and not isinstance(cpu, Path):
             raise SystemExit(f"FASTDIFF_WERROR=1, but the CPU library did not build: {cpu}")
         return [("fastdiff_cpu", cpu), ("fastdiff_cuda", self.cuda(base / "cuda", torch, switches))]
 

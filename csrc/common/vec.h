@@ -95,12 +95,19 @@ inline f32 load_n(const T* p, int n) {
   std::memcpy(t, p, n * sizeof(T));
   return load(t);
 }
+#if defined(__AVX512F__)
+inline f32 load_n(const float* p, int n) { return (f32)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }
+#endif
 template <class T>
 inline void store_n(T* p, f32 x, int n) {
   T t[kLanes];
   store(t, x);
   std::memcpy(p, t, n * sizeof(T));
 }
+
+#if defined(__AVX512F__)
+inline void store_n(float* p, f32 x, int n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)x); }
+#endif
 
 template <class T>
 inline float load_one(const T* p) {
@@ -110,16 +117,19 @@ inline float load_one(const T* p) {
 
 inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
 
+// Lane 0 after halving the vector onto itself; the order of the operations is that of the lanes' tree.
 template <class Op>
 inline float reduce(f32 v, Op op) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = op(lanes[i], lanes[i + half]);
-  return lanes[0];
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half; half /= 2) {
+    u32 lane;
+    for (int l = 0; l < kLanes; ++l) lane[l] = (l + half) % kLanes;
+    v = op(v, __builtin_shuffle(v, lane));
+  }
+  return v[0];
 }
-inline float reduce_max(f32 v) { return reduce(v, [](float a, float b) { return a > b ? a : b; }); }
-inline float reduce_add(f32 v) { return reduce(v, [](float a, float b) { return a + b; }); }
+inline float reduce_max(f32 v) { return reduce(v, [](f32 a, f32 b) { return max(a, b); }); }
+inline float reduce_add(f32 v) { return reduce(v, [](f32 a, f32 b) { return a + b; }); }
 
 // 2^x for x < 128, correct to 1 ulp; 0 below -126.5; NaN stays. x is split into the nearest integer and a remainder in [-1/2, 1/2]; the
 // remainder's power is the minimax polynomial of degree 6 (relative error 2e-9), the integer goes into the exponent. Adding 1.5 * 2^23

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import native
+from . import jit, native
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,6 +55,16 @@ def cpu(name, *, dtypes=FLOATS, refuse=None, plan=None):
 def cuda(name, *, dtypes=FLOATS, refuse=None, plan=None):
     """The native CUDA kernel `name`: called with the contract's arguments, then its outputs."""
     return _native("cuda", name, dtypes, refuse, plan)
+
+
+def triton(run, *, dtypes=FLOATS, refuse=None, plan=None):
+    """Triton kernels launched by run(args, outs), on a GPU; on a CPU too, in Triton's interpreter, if TRITON_INTERPRET=1 at import."""
+
+    def launch(args, outs):
+        with jit.on_device(args[0]):
+            run(args, outs)
+
+    return Backend("triton", ("cuda", "cpu") if jit.INTERPRET else ("cuda",), launch, dtypes, refuse, jit.WHY_NOT, plan)
 
 
 def reference(function):

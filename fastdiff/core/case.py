@@ -46,7 +46,8 @@ class Case:
     """dims: name -> Dim or OneOf, drawn together. arguments(**dims): the call's keyword arguments, Array and Integers for its tensors.
 
     flops(**arguments) and bytes(element_size, **arguments): the least work of a call, from shapes alone. batched: the tensor arguments
-    with a leading batch axis along which samples are independent. linear: the op is linear in its tensors. bench: row name -> dims.
+    with a leading batch axis along which samples are independent. heads: those with a second axis along which heads are. linear: the op
+    is linear in its tensors. bench: row name -> dims.
     """
 
     dims: dict
@@ -54,6 +55,7 @@ class Case:
     flops: Callable
     bytes: Callable
     batched: tuple = ()
+    heads: tuple = ()
     linear: bool = False
     backward_flops: float = 2.0
     bench: dict = field(default_factory=dict)

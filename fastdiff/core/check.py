@@ -68,6 +68,14 @@ def option(op, name, value, choices):
 
 def integers(op, name, value, length=None, *, least=1):
     """A tuple of ints >= least, of the given length; an int stands for itself repeated (length 1 if none is given)."""
+    if type(value) is int and value >= least:
+        return (value,) * (1 if length is None else length)
+    if type(value) is tuple and length in (None, len(value)):
+        for v in value:
+            if type(v) is not int or v < least:
+                break
+        else:
+            return value
     if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
         value = (value,) * (1 if length is None else length)
     if not isinstance(value, tuple | list) or not all(isinstance(v, int | torch.SymInt) and not isinstance(v, bool) for v in value):

@@ -10,12 +10,29 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 
 from . import backend as _backend
+from . import native
 from .backend import FORCED, choose, use_backend
 
 NAMESPACE = "fastdiff"
 REGISTRY = {}
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_ENTRIES = torch.library.Library(native.LIBRARIES["cpu"], "IMPL")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Bound once: looking these up through torch costs a tiny call a tenth of its time.
+is_compiling, _grad_enabled, _function_modes = torch.compiler.is_compiling, torch.is_grad_enabled, _C._len_torch_function_stack
+# Where an eager entry has no say: kernels under these keys return None before the native one is reached.
+_SILENT = ("Python", "FuncTorchDynamicLayerFrontMode", "FuncTorchBatched", "Batched", "AutocastCPU", "Meta")
+
+
+def _entry(name):
+    """The native eager entry `name`, or None without the library."""
+    entry = native.op("cpu", name)
+    if entry is not None:
+        count = len(entry._schema.returns)
+        nothing = None if count == 1 else (None,) * count
+        for key in _SILENT:
+            _ENTRIES.impl(name, lambda *args: nothing, key)
+    return entry
 
 
 class Contract:
@@ -25,14 +42,15 @@ class Contract:
     mode works; with them, forward and backward are kernels and `backward` is written in ops that are differentiable themselves.
     """
 
-    def __init__(self, schema, outputs, values, reference, backends, module, autocast):
+    def __init__(self, schema, outputs, values, reference, backends, module, autocast, entry):
         self.name = schema.split("(")[0]
         self.outputs, self.values, self.reference, self.module, self.autocast = outputs, values, reference, module, autocast
         self.backends = (*backends, _backend.reference(reference))
-        self._backward = self._jvp = self._saved = None
+        self._backward, self._entry = None, entry and _entry(entry)
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self._tensors = tuple((i, a.name, "Optional" in str(a.type)) for i, a in enumerate(self.op._schema.arguments) if "Tensor" in str(a.type))
+        self._required = tuple(i for i, _, optional in self._tensors if not optional)
         _LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
         _LIBRARY.impl(self.name, self._autograd, "Autograd", with_keyset=True)
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", outputs, lib=_LIBRARY)
@@ -40,7 +58,7 @@ class Contract:
     def __call__(self, *args):
         if self.autocast and _C._is_any_autocast_enabled():
             args = self._cast(args)
-        if self._eager(args):
+        if self._plain(args):
             return self.run(*args)
         for i, name, optional in self._tensors:
             if not (isinstance(args[i], torch.Tensor) or (optional and args[i] is None)):
@@ -55,19 +73,33 @@ class Contract:
         choose(self.name, self.backends, args).run(args, outs if isinstance(outs, tuple) else (outs,))
         return outs
 
-    def _eager(self, args):
+    def eager(self, args):
+        """The result of the native eager entry, where that is all the call needs; otherwise None.
+
+        It spares a tiny call this class's checks, allocation and choice: the entry recognises plain arguments itself and is silent about
+        others, and where a mode, a transform or autocast is at work.
+        """
+        if self._entry is None or is_compiling() or FORCED.name not in (None, "cpu") or forward_ad._current_level >= 0 or _function_modes():
+            return None
+        grad = _grad_enabled()
+        for i in self._required:
+            x = args[i]
+            if type(x) not in _PLAIN or (grad and x.requires_grad):
+                return None
+        return self._entry(*args)
+
+    def _plain(self, args):
         """Whether torch's dispatcher would add nothing: no tracing, transform, mode, subclass or derivative is involved."""
-        if torch.compiler.is_compiling():
-            return False
-        if (_C._are_functorch_transforms_active() or _C._len_torch_dispatch_stack() or _C._len_torch_function_stack()
+        if (is_compiling() or _C._are_functorch_transforms_active() or _C._len_torch_dispatch_stack() or _function_modes()
                 or forward_ad._current_level >= 0):
             return False
-        grad = torch.is_grad_enabled()
-        for x in args:
+        grad = _grad_enabled()
+        for i, _, optional in self._tensors:
+            x = args[i]
             if type(x) in _PLAIN:
                 if (grad and x.requires_grad) or x.is_meta or is_legacy_batchedtensor(x):
                     return False
-            elif isinstance(x, torch.Tensor):
+            elif not (optional and x is None):
                 return False
         return True
 
@@ -106,7 +138,7 @@ class Contract:
             with use_backend(ctx.backend) if ctx.backend else nullcontext():
                 return None, *backward(ctx, *douts)
 
-        self._backward, self._jvp = backward, jvp
+        self._backward = backward
         self._function = type(f"{self.name}_autograd", (torch.autograd.Function,), {
             "forward": staticmethod(forward), "backward": staticmethod(_reverse),
             "jvp": staticmethod(lambda ctx, _, *tangents: jvp(ctx, *tangents))})
@@ -142,14 +174,25 @@ class Contract:
         folder = importlib.import_module(self.module)
         return {name: getattr(folder, name) for name in self.cases()}
 
+    @property
+    def composite(self):
+        """Whether a call that wants a derivative runs the reference itself, for want of derivative rules."""
+        return self._backward is None
 
-def contract(schema, *, outputs, reference, backends=(), module, values=None, autocast=False):
+
+def public():
+    """public function name -> (function, Case), over all op folders."""
+    return {name: (function, made.cases()[name]) for made in REGISTRY.values() for name, function in made.public().items()}
+
+
+def contract(schema, *, outputs, reference, backends=(), module, values=None, autocast=False, entry=None):
     """Defines torch.ops.fastdiff.<name> and returns its Contract, kept in REGISTRY.
 
     outputs(*args): refuses bad input and allocates the results (real or fake). values(*args): refuses bad values, on real tensors alone.
     reference(*args): the meaning. backends: rows in order of preference (None is skipped); the reference is appended as the last.
-    module: the op folder's package name. autocast: cast as autocast casts matrix products.
+    module: the op folder's package name. autocast: cast as autocast casts matrix products. entry: the native eager entry's name, if there is one
+    (Contract.eager).
     """
-    made = Contract(schema, outputs, values, reference, tuple(b for b in backends if b), module, autocast)
+    made = Contract(schema, outputs, values, reference, tuple(b for b in backends if b), module, autocast, entry)
     REGISTRY[made.name] = made
     return made

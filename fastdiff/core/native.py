@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).resolve().parent.parent / "_native"
+# FASTDIFF_NATIVE=0 loads no library, FASTDIFF_NATIVE=<folder> takes the libraries of another build (the sanitizers').
+SETTING = os.environ.get("FASTDIFF_NATIVE")
+FOLDER = Path(SETTING) if SETTING else Path(__file__).resolve().parent.parent / "_native"
 LIBRARIES = {"cpu": "fastdiff_cpu", "cuda": "fastdiff_cuda"}
 
 
@@ -15,7 +17,7 @@ def _load(device):
     """None when loaded, otherwise the reason."""
     name = LIBRARIES[device]
     path = FOLDER / f"lib{name}.so"
-    if os.environ.get("FASTDIFF_NATIVE") == "0":
+    if SETTING == "0":
         return "switched off by FASTDIFF_NATIVE=0"
     if not path.exists():
         try:

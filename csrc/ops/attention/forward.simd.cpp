@@ -39,11 +39,13 @@ inline void online_softmax(float* s, int64_t width, float* stats, float* out, in
 // One finished row: `sums` relative to `maximum` (log2 units). The log-sum-exp is kept in two floats: of scores near 1e6 one float is off by
 // a tenth, and the backward's probabilities with it.
 void finish(const Problem& p, const ForwardOut& o, int64_t b, int64_t h, int64_t m, const float* sums, float maximum, float sum) {
-  const int64_t at = (b * p.H + h) * p.M + m;
-  const double lse = maximum * kLn2 + __builtin_log(sum);
-  o.lse[at] = sum == 0.0f ? -kInf : static_cast<float>(lse);
-  const float low = static_cast<float>(lse - static_cast<double>(o.lse[at]));
-  o.lse_low[at] = __builtin_isfinite(low) ? low : 0.0f;
+  if (o.lse) {
+    const int64_t at = (b * p.H + h) * p.M + m;
+    const double lse = maximum * kLn2 + __builtin_log(sum);
+    o.lse[at] = sum == 0.0f ? -kInf : static_cast<float>(lse);
+    const float low = static_cast<float>(lse - static_cast<double>(o.lse[at]));
+    o.lse_low[at] = __builtin_isfinite(low) ? low : 0.0f;
+  }
   typed(p.type, [&]<class T>() { unpack_row(p.E, sums, sum == 0.0f ? 0.0f : 1.0f / sum, row<T>(o.out, b, h, m)); });
 }
 

@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/eager.h"
 #include "common/parallel.h"
 
 namespace fastdiff::attention {
@@ -98,20 +99,35 @@ Plan backward_plan(int64_t B, int64_t H, int64_t M, int64_t N, int64_t width) {
 
 std::vector<int64_t> plan_numbers(const Plan& p) { return {p.query_splits, p.query_rows, p.key_splits, p.key_chunk, p.query_block, p.key_block}; }
 
-void attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias, const std::optional<Tensor>& key_lengths,
-               bool causal, std::optional<double> scale, const Tensor& out, const Tensor& lse, const Tensor& lse_low) {
-  if (lse.numel() == 0) return;
-  const Inputs in(q, k, v, bias, key_lengths, causal, scale);
-  const Problem& p = in.problem;
+void forward(const Problem& p, const View& out, float* lse, float* lse_low) {
   const ForwardKernels& kernels = pick_forward();
   const int64_t width = kernels.padded(p.E);
   const Plan plan = forward_plan(p.B, p.H, p.M, p.N, width);
   const int64_t items = plan.items(p), rows = plan.key_splits > 1 ? items * plan.query_rows : 0;
   const Buffer partial = allocate(rows * width), stats = allocate(rows * 2);
-  const ForwardOut o{view(out), static_cast<float*>(lse.mutable_data_ptr()), static_cast<float*>(lse_low.mutable_data_ptr()), partial.get(), stats.get()};
+  const ForwardOut o{out, lse, lse_low, partial.get(), stats.get()};
   for_items(items, kernels.scratch(p, plan), [&](int64_t item, float* scratch) { kernels.run(p, plan, o, item, scratch); });
   if (rows)
     for_items(items / plan.key_splits, 0, [&](int64_t group, float*) { kernels.merge(p, plan, o, group); });
+}
+
+void attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias, const std::optional<Tensor>& key_lengths,
+               bool causal, std::optional<double> scale, const Tensor& out, const Tensor& lse, const Tensor& lse_low) {
+  if (lse.numel() == 0) return;
+  const Inputs in(q, k, v, bias, key_lengths, causal, scale);
+  forward(in.problem, view(out), static_cast<float*>(lse.mutable_data_ptr()), static_cast<float*>(lse_low.mutable_data_ptr()));
+}
+
+std::optional<Tensor> attention_eager(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<Tensor> bias,
+                                      std::optional<Tensor> key_lengths, bool causal, std::optional<double> scale) {
+  if (bias || key_lengths || !is_native_float(q) || !k.is_cpu() || !v.is_cpu()) return std::nullopt;
+  if (k.scalar_type() != q.scalar_type() || v.scalar_type() != q.scalar_type()) return std::nullopt;
+  if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4 || !q.is_contiguous()) return std::nullopt;
+  for (int i = 0; i < 4; ++i)
+    if (k.size(i) != v.size(i) || (i != 2 && k.size(i) != q.size(i))) return std::nullopt;
+  const Tensor out = empty_like_type<4>(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+  if (out.numel()) forward(Inputs(q, k, v, std::nullopt, std::nullopt, causal, scale).problem, view(out), nullptr, nullptr);
+  return out;
 }
 
 void attention_backward(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -168,10 +184,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) {
   m.def(
       "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, Tensor out, Tensor lse, "
       "Tensor lse_low, bool causal, float? scale, bool bias_grad, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dbias) -> ()");
+  m.def("attention_eager(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, bool causal, float? scale) -> Tensor?");
   m.def("attention_plan(int B, int H, int M, int N, int E, bool backward) -> int[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CPU, m) {
   m.impl("attention", TORCH_BOX(&fastdiff::attention::attention));
+  m.impl("attention_eager", TORCH_BOX(&fastdiff::attention::attention_eager));
   m.impl("attention_backward", TORCH_BOX(&fastdiff::attention::attention_backward));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CompositeExplicitAutograd, m) {

@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "common/eager.h"
 
 namespace fastdiff::merge_attention {
 namespace {
@@ -41,10 +45,28 @@ void merge_attention(const Tensor& out_a, const Tensor& lse_a, const Tensor& out
   });
 }
 
+std::tuple<std::optional<Tensor>, std::optional<Tensor>> merge_attention_eager(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
+                                                                               const Tensor& lse_b) {
+  const bool plain = is_native_float(out_a) && out_b.is_cpu() && out_b.scalar_type() == out_a.scalar_type() && lse_a.is_cpu() &&
+                     lse_b.is_cpu() && lse_a.scalar_type() == ScalarType::Float && lse_b.scalar_type() == ScalarType::Float &&
+                     out_a.dim() == 4 && out_b.dim() == 4 && lse_a.dim() == 3 && lse_b.dim() == 3;
+  if (!plain) return {};
+  const std::array<int64_t, 4> size{out_a.size(0), out_a.size(1), out_a.size(2), out_a.size(3)};
+  for (int i = 0; i < 4; ++i)
+    if (out_b.size(i) != size[i] || (i < 3 && (lse_a.size(i) != size[i] || lse_b.size(i) != size[i]))) return {};
+  const Tensor out = empty_like_type<4>(out_a, size), lse = empty_like_type<3>(lse_a, {size[0], size[1], size[2]});
+  merge_attention(out_a, lse_a, out_b, lse_b, out, lse);
+  return {out, lse};
+}
+
 }  // namespace
 }  // namespace fastdiff::merge_attention
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) {
+  m.def("merge_attention_eager(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor?, Tensor?)");
   m.def("merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor(a!) out, Tensor(b!) lse) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CPU, m) { m.impl("merge_attention", TORCH_BOX(&fastdiff::merge_attention::merge_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CPU, m) {
+  m.impl("merge_attention", TORCH_BOX(&fastdiff::merge_attention::merge_attention));
+  m.impl("merge_attention_eager", TORCH_BOX(&fastdiff::merge_attention::merge_attention_eager));
+}

@@ -60,7 +60,8 @@ def _check_lengths(q, k, key_lengths):
 ATTENTION = contract(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, bool causal, float? scale) -> (Tensor, Tensor, Tensor)",
     outputs=_outputs, values=lambda q, k, v, bias, key_lengths, *_: _check_lengths(q, k, key_lengths), reference=reference.attention,
-    backends=(triton.FORWARD, cpu("attention")), module=__name__, autocast=True)
+    backends=(triton.FORWARD, cpu("attention")), module=__name__, autocast=True,
+    entry="attention_eager")
 BACKWARD = contract(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, Tensor out, Tensor lse, "
     "Tensor lse_low, bool causal, float? scale, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -133,14 +134,14 @@ ATTENTION.vmap(_vmap)
 BACKWARD.vmap(_vmap_backward)
 
 
-def _options(bias, key_lengths, causal, scale):
+def _options(bias, causal, scale):
     if not isinstance(causal, bool):
         raise TypeError(f"attention: causal wants a bool, got {causal!r}")
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat)):
         raise TypeError(f"attention: scale wants a float or None, got {scale!r}")
     if bias is not None and tensor("attention", "bias", bias).dim() < 4:
         bias = bias[(None,) * (4 - bias.dim())]
-    return bias, key_lengths, causal, scale
+    return bias, causal, scale
 
 
 def attention(q, k, v, *, bias=None, key_lengths=None, causal=False, scale=None):
@@ -154,7 +155,11 @@ def attention(q, k, v, *, bias=None, key_lengths=None, causal=False, scale=None)
     Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
     Source   Vaswani et al. 2017, section 3.2.1; online softmax of Milakov & Gimelshein 2018
     """
-    return ATTENTION(q, k, v, *_options(bias, key_lengths, causal, scale))[0]
+    if bias is not None or causal is not False or scale is not None:
+        bias, causal, scale = _options(bias, causal, scale)
+    args = (q, k, v, bias, key_lengths, causal, scale)
+    out = ATTENTION.eager(args)
+    return ATTENTION(*args)[0] if out is None else out
 
 
 def attention_with_lse(q, k, v, *, bias=None, key_lengths=None, causal=False, scale=None):
@@ -166,4 +171,5 @@ def attention_with_lse(q, k, v, *, bias=None, key_lengths=None, causal=False, sc
     Raises   as in `attention`
     Source   Dao et al. 2022, section 3.1; merge partial results with `merge_attention`
     """
-    return ATTENTION(q, k, v, *_options(bias, key_lengths, causal, scale))[:2]
+    bias, causal, scale = _options(bias, causal, scale)
+    return ATTENTION(q, k, v, bias, key_lengths, causal, scale)[:2]

@@ -1,1 +1,546 @@
-FORWARD = BACKWARD = None
+"""Attention by blocks, forward and backward. Where one side is short, programs share the long side, and a second kernel merges in order."""
+
+import math
+import struct
+
+import torch
+
+from ...core import device
+from ...core.backend import triton
+from ...core.jit import OPTIONS, cdiv, dot, jit, load_tile, narrow, power_of_two, rows, store_tile, tl
+from ...core.launch import pick
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LARGEST = 512
+
+
+def _table(sizes):
+    """Launch rows of {largest head size: (BLOCK_M, BLOCK_N, num_warps, num_stages)}, for every architecture."""
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    return tuple((0, largest, dict(zip(names, row, strict=True))) for largest, row in sizes.items())
+
+
+# By pass and element size. Chosen so that no kernel spills registers and shared memory
+# fits (tests/test_triton.py compiles them all); not timed on a GPU yet. fp32 runs on FMA units, which hold whole operand rows in registers.
+LAUNCH = {
+    "forward": {
+        2: _table({64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2), None: (64, 32, 8, 1)}),
+        4: _table({64: (64, 32, 8, 2), 128: (32, 32, 8, 2), None: (16, 16, 4, 1)}),
+    },
+    "query gradients": {
+        2: _table({64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1), None: (32, 32, 8, 1)}),
+        4: _table({64: (32, 32, 8, 2), 128: (32, 16, 8, 1), None: (16, 16, 4, 1)}),
+    },
+    "key gradients": {
+        2: _table({64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1), None: (32, 32, 8, 1)}),
+        4: _table({64: (32, 32, 8, 2), 128: (16, 32, 8, 1), None: (16, 16, 4, 1)}),
+    },
+}
+# Rows of (programs that fill the chip: its multiprocessors; least blocks a program loops over when it shares a loop). 0: the interpreter.
+SHARE = ((100, None, (148, 4)), (90, None, (132, 4)), (1, None, (108, 4)), (0, None, (16, 2)))
+MERGE = dict(elements=2048, num_warps=4)
+STATISTICS = dict(ROWS=16, num_warps=4)
+
+
+@jit
+def _logits(s, scales, bias_ptr, bias_strides, o_m, o_n, M, N, end, CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISE: tl.constexpr):
+    """scale log2(e) s + log2(e) bias, -inf where the query may not see the key; o_m, o_n broadcast to s, bias_ptr stands at (b, h).
+
+    scales = (scale log2(e), what its rounding left over). The latter is used if PRECISE: its error has one sign for all keys, and adds up.
+    """
+    if PRECISE:
+        s = s * tl.cast(scales[0], tl.float32) + s * tl.cast(scales[1], tl.float32)
+    else:
+        s = s * tl.cast(scales[0], tl.float32)
+    if bias_ptr is not None:
+        o_bias = o_m.to(tl.int64) * bias_strides[2] + o_n.to(tl.int64) * bias_strides[3]
+        s += tl.load(bias_ptr + o_bias, mask=(o_m < M) & (o_n < N), other=0.0).to(tl.float32) * LOG2E
+    if MASK:
+        m_s = o_n < end
+        if CAUSAL:
+            m_s = m_s & (o_n <= o_m + (N - M))
+        s = tl.where(m_s, s, -float("inf"))
+    return s
+
+
+@jit
+def _two_floats(x):
+    """fp64 x as the sum of two fp32: x rounded, and what rounding left over (0 beside inf and NaN)."""
+    high = x.to(tl.float32)
+    return high, tl.where(tl.abs(high) < float("inf"), (x - high.to(tl.float64)).to(tl.float32), 0.0)
+
+
+@jit
+def _log_sum_exp(top, total):
+    """Natural log-sum-exp, as two floats, of a maximum in units of log 2 and the sum of powers of 2 relative to it."""
+    return _two_floats((top.to(tl.float64) + tl.log2(total).to(tl.float64)) * LN2)
+
+
+@jit
+def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, low_ptr, scales, B, H, M, N, splits, per, q_strides, k_strides,
+             v_strides, bias_strides, lengths_stride, out_strides, SHARED: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+             E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+             BLOCK_N: tl.constexpr):
+    """out, lse of a block of queries over the keys [per i_s, per (i_s + 1)); if SHARED, what `_merge` makes them of.
+
+    grid    B H splits cdiv(M, BLOCK_M), query blocks innermost: neighbours read the same keys
+    layout  q, k, v (B, H, rows, E), out (splits, B, H, M, E), any strides but the last, which is 1; lse, low (splits, B, H, M)
+            contiguous; bias (B, H, M, N), any strides, or None; lengths (B,) or None
+    math    S = q k^T in fp32, in units of log 2; running maximum and sum, P rounded to q's dtype for P v, out normalised at the end, 0
+            without a key; if SHARED out is left as the sum, and the maximum and the sum of P stand for lse and low
+    needs   E1 + E2 >= E, each a power of two >= 16 (E2 may be 0); MASK unless every block of keys is seen whole; per % BLOCK_N = 0
+    """
+    blocks = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0).to(tl.int64)
+    start = (pid % blocks * BLOCK_M).to(tl.int32)
+    i_s, i_bh = pid // blocks % splits, pid // blocks // splits
+    i_b, i_h = i_bh // H, i_bh % H
+    o_m = start + tl.arange(0, BLOCK_M)
+    q_ptr += (i_b * q_strides[0] + i_h * q_strides[1]) * UNIT
+    k_ptr += (i_b * k_strides[0] + i_h * k_strides[1]) * UNIT
+    v_ptr += (i_b * v_strides[0] + i_h * v_strides[1]) * UNIT
+    if bias_ptr is not None:
+        bias_ptr += i_b * bias_strides[0] + i_h * bias_strides[1]
+
+    begin = (i_s * per).to(tl.int32)
+    end = tl.minimum(begin + per, N)
+    if lengths_ptr is not None:
+        end = tl.minimum(end, tl.load(lengths_ptr + i_b * lengths_stride).to(tl.int32))
+    if CAUSAL:
+        end = tl.minimum(end, start + BLOCK_M + (N - M))
+
+    q1 = load_tile(q_ptr, start, q_strides[2], M, BLOCK_M, 0, E1, E, UNIT)
+    acc1 = tl.zeros([BLOCK_M, E1], tl.float32)
+    if E2:
+        q2 = load_tile(q_ptr, start, q_strides[2], M, BLOCK_M, E1, E2, E, UNIT)
+        acc2 = tl.zeros([BLOCK_M, E2], tl.float32)
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for i_n in range(begin, end, BLOCK_N):
+        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        s = dot(q1, tl.trans(load_tile(k_ptr, i_n, k_strides[2], end, BLOCK_N, 0, E1, E, UNIT)), s)
+        if E2:
+            s = dot(q2, tl.trans(load_tile(k_ptr, i_n, k_strides[2], end, BLOCK_N, E1, E2, E, UNIT)), s)
+        s = _logits(s, scales, bias_ptr, bias_strides, o_m[:, None], (i_n + tl.arange(0, BLOCK_N))[None, :], M, N, end, CAUSAL, MASK,
+                    q_ptr.dtype.element_ty == tl.float32)
+        new = tl.maximum(top, tl.max(s, 1))
+        shift = tl.where(new == -float("inf"), 0.0, new)
+        p = tl.exp2(s - shift[:, None])
+        fade = tl.exp2(top - shift)
+        total = total * fade + tl.sum(p, 1)
+        p = narrow(p, q_ptr.dtype.element_ty)
+        acc1 = dot(p, load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, 0, E1, E, UNIT), acc1 * fade[:, None])
+        if E2:
+            acc2 = dot(p, load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, E1, E2, E, UNIT), acc2 * fade[:, None])
+        top = new
+
+    o_lse = (i_s * B * H + i_bh) * M + o_m
+    if SHARED:
+        tl.store(lse_ptr + o_lse, top, mask=o_m < M)
+        tl.store(low_ptr + o_lse, total, mask=o_m < M)
+    else:
+        lse, low = _log_sum_exp(top, total)
+        tl.store(lse_ptr + o_lse, lse, mask=o_m < M)
+        tl.store(low_ptr + o_lse, low, mask=o_m < M)
+        total = tl.where(total == 0, 1.0, total)[:, None]
+        acc1 = acc1 / total
+        if E2:
+            acc2 = acc2 / total
+    out_ptr += (i_s * out_strides[0] + i_b * out_strides[1] + i_h * out_strides[2]) * UNIT
+    store_tile(out_ptr, acc1, start, out_strides[3], M, BLOCK_M, 0, E1, E, UNIT)
+    if E2:
+        store_tile(out_ptr, acc2, start, out_strides[3], M, BLOCK_M, E1, E2, E, UNIT)
+
+
+@jit
+def _merge(parts_ptr, tops_ptr, totals_ptr, out_ptr, lse_ptr, low_ptr, B, H, M, splits, out_strides, E: tl.constexpr,
+           WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """out = sum_s w_s part_s / total, total = sum_s w_s total_s, w_s = 2^(top_s - top), first split to last; lse = log(2^top total).
+
+    grid    B H cdiv(M, ROWS), row blocks innermost
+    layout  parts (splits, B, H, M, E), tops, totals (splits, B, H, M), lse, low (B, H, M) contiguous; out (B, H, M, E), last stride 1
+    math    fp32, rounded once; 0 and -inf where no split has a key
+    needs   WIDTH a power of two, at least E
+    """
+    blocks = tl.cdiv(M, ROWS)
+    pid = tl.program_id(0).to(tl.int64)
+    start, i_bh = pid % blocks * ROWS, pid // blocks
+    o_m = start + tl.arange(0, ROWS)
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    for i_s in range(splits):
+        i_row = (tl.cast(i_s, tl.int64) * B * H + i_bh) * M
+        part_top = tl.load(tops_ptr + i_row + o_m, mask=o_m < M, other=-float("inf"))
+        new = tl.maximum(top, part_top)
+        shift = tl.where(new == -float("inf"), 0.0, new)
+        fade, weight = tl.exp2(top - shift), tl.exp2(part_top - shift)
+        total = total * fade + tl.load(totals_ptr + i_row + o_m, mask=o_m < M, other=0.0) * weight
+        acc = acc * fade[:, None] + load_tile(parts_ptr + i_row * E, start, E, M, ROWS, 0, WIDTH, E) * weight[:, None]
+        top = new
+    lse, low = _log_sum_exp(top, total)
+    tl.store(lse_ptr + i_bh * M + o_m, lse, mask=o_m < M)
+    tl.store(low_ptr + i_bh * M + o_m, low, mask=o_m < M)
+    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+    store_tile(out_ptr + i_bh // H * out_strides[0] + i_bh % H * out_strides[1], acc, start, out_strides[2], M, ROWS, 0, WIDTH, E)
+
+
+@jit
+def _statistics(dout_ptr, out_ptr, lse_ptr, low_ptr, dlse_ptr, stats_ptr, B, H, M, dout_strides, out_strides, dlse_strides,
+                E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, ROWS: tl.constexpr):
+    """What both gradient kernels need of a query: its log-sum-exp, and delta = sum_e dout out - dlse, which they take off its row of dP.
+
+    grid    B H cdiv(M, ROWS), row blocks innermost
+    layout  dout, out (B, H, M, E), last stride 1; lse, low (B, H, M) contiguous; dlse (B, H, M), any strides, or None;
+            stats (3, B, H, M) contiguous: the log-sum-exp in units of log 2 as two floats (inf, 0 without a key: P is 0 then), and delta
+    math    delta from the diagonal of dout out^T, a product like dP's: for a query that sees one key they are equal, and dS is 0
+    needs   as in `_forward`
+    """
+    blocks = tl.cdiv(M, ROWS)
+    pid = tl.program_id(0).to(tl.int64)
+    start, i_bh = pid % blocks * ROWS, pid // blocks
+    i_b, i_h = i_bh // H, i_bh % H
+    o_row = tl.arange(0, ROWS)
+    o_m = start + o_row
+    m_m = o_m < M
+    lse = tl.load(lse_ptr + i_bh * M + o_m, mask=m_m, other=0.0).to(tl.float64)
+    lse += tl.load(low_ptr + i_bh * M + o_m, mask=m_m, other=0.0).to(tl.float64)
+    lse, low = _two_floats(tl.where(lse == -float("inf"), float("inf"), lse * LOG2E))
+
+    dout_ptr += (i_b * dout_strides[0] + i_h * dout_strides[1]) * UNIT
+    out_ptr += (i_b * out_strides[0] + i_h * out_strides[1]) * UNIT
+    dout = load_tile(dout_ptr, start, dout_strides[2], M, ROWS, 0, E1, E, UNIT)
+    product = dot(dout, tl.trans(load_tile(out_ptr, start, out_strides[2], M, ROWS, 0, E1, E, UNIT)), tl.zeros([ROWS, ROWS], tl.float32))
+    if E2:
+        dout = load_tile(dout_ptr, start, dout_strides[2], M, ROWS, E1, E2, E, UNIT)
+        product = dot(dout, tl.trans(load_tile(out_ptr, start, out_strides[2], M, ROWS, E1, E2, E, UNIT)), product)
+    delta = tl.sum(tl.where(o_row[:, None] == o_row[None, :], product, 0.0), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + i_b * dlse_strides[0] + i_h * dlse_strides[1] + o_m * dlse_strides[2], mask=m_m, other=0.0)
+
+    rows = tl.cast(B, tl.int64) * H * M
+    stats_ptr += i_bh * M
+    tl.store(stats_ptr + o_m, lse, mask=m_m)
+    tl.store(stats_ptr + rows + o_m, low, mask=m_m)
+    tl.store(stats_ptr + 2 * rows + o_m, delta, mask=m_m)
+
+
+@jit
+def _load_statistics(stats_ptr, rows, o_m, M):
+    """(log-sum-exp, its low part, delta) of queries o_m; inf, which makes their P 0, beyond the last."""
+    return (tl.load(stats_ptr + o_m, mask=o_m < M, other=float("inf")), tl.load(stats_ptr + rows + o_m, mask=o_m < M, other=0.0),
+            tl.load(stats_ptr + 2 * rows + o_m, mask=o_m < M, other=0.0))
+
+
+@jit
+def _query_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_ptr, dq_ptr, ds_ptr, scale, scales, B, H, M, N, splits,
+                     per, dout_strides, q_strides, k_strides, v_strides, bias_strides, lengths_stride, dq_strides, CAUSAL: tl.constexpr,
+                     MASK: tl.constexpr, E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+             BLOCK_N: tl.constexpr):
+    """dq of a block of queries from the keys [per i_s, per (i_s + 1)), and their part of dS.
+
+    grid    B H splits cdiv(M, BLOCK_M), query blocks innermost: neighbours read the same keys
+    layout  as in `_forward`; dq (splits, B, H, M, E), last stride 1; stats from `_statistics`; ds (B, H, M, N) contiguous or None,
+            written where a block is visited
+    math    P = exp(S - lse), dS = P (dout v^T - delta), dq = scale dS k; dS rounded to q's dtype for the product
+    needs   as in `_forward`
+    """
+    blocks = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0).to(tl.int64)
+    start = (pid % blocks * BLOCK_M).to(tl.int32)
+    i_s, i_bh = pid // blocks % splits, pid // blocks // splits
+    i_b, i_h = i_bh // H, i_bh % H
+    o_m = start + tl.arange(0, BLOCK_M)
+    dout_ptr += (i_b * dout_strides[0] + i_h * dout_strides[1]) * UNIT
+    q_ptr += (i_b * q_strides[0] + i_h * q_strides[1]) * UNIT
+    k_ptr += (i_b * k_strides[0] + i_h * k_strides[1]) * UNIT
+    v_ptr += (i_b * v_strides[0] + i_h * v_strides[1]) * UNIT
+    if bias_ptr is not None:
+        bias_ptr += i_b * bias_strides[0] + i_h * bias_strides[1]
+
+    begin = (i_s * per).to(tl.int32)
+    end = tl.minimum(begin + per, N)
+    if lengths_ptr is not None:
+        end = tl.minimum(end, tl.load(lengths_ptr + i_b * lengths_stride).to(tl.int32))
+    if CAUSAL:
+        end = tl.minimum(end, start + BLOCK_M + (N - M))
+
+    lse, low, delta = _load_statistics(stats_ptr + i_bh * M, tl.cast(B, tl.int64) * H * M, o_m, M)
+    lse, low, delta = lse[:, None], low[:, None], delta[:, None]
+    q1 = load_tile(q_ptr, start, q_strides[2], M, BLOCK_M, 0, E1, E, UNIT)
+    dout1 = load_tile(dout_ptr, start, dout_strides[2], M, BLOCK_M, 0, E1, E, UNIT)
+    dq1 = tl.zeros([BLOCK_M, E1], tl.float32)
+    if E2:
+        q2 = load_tile(q_ptr, start, q_strides[2], M, BLOCK_M, E1, E2, E, UNIT)
+        dout2 = load_tile(dout_ptr, start, dout_strides[2], M, BLOCK_M, E1, E2, E, UNIT)
+        dq2 = tl.zeros([BLOCK_M, E2], tl.float32)
+    for i_n in range(begin, end, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        k1 = load_tile(k_ptr, i_n, k_strides[2], end, BLOCK_N, 0, E1, E, UNIT)
+        s = dot(q1, tl.trans(k1), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        dp = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        dp = dot(dout1, tl.trans(load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, 0, E1, E, UNIT)), dp)
+        if E2:
+            k2 = load_tile(k_ptr, i_n, k_strides[2], end, BLOCK_N, E1, E2, E, UNIT)
+            s = dot(q2, tl.trans(k2), s)
+            dp = dot(dout2, tl.trans(load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, E1, E2, E, UNIT)), dp)
+        s = _logits(s, scales, bias_ptr, bias_strides, o_m[:, None], o_n[None, :], M, N, end, CAUSAL, MASK,
+                    q_ptr.dtype.element_ty == tl.float32)
+        ds = tl.exp2((s - lse) - low) * (dp - delta)
+        if ds_ptr is not None:
+            o_ds = (i_bh * M + o_m)[:, None] * N + o_n[None, :]
+            tl.store(ds_ptr + o_ds, narrow(ds, ds_ptr.dtype.element_ty), mask=(o_m < M)[:, None] & (o_n < end)[None, :])
+        ds = narrow(ds, q_ptr.dtype.element_ty)
+        dq1 = dot(ds, k1, dq1)
+        if E2:
+            dq2 = dot(ds, k2, dq2)
+
+    scale = tl.cast(scale, tl.float32)
+    dq_ptr += (i_s * dq_strides[0] + i_b * dq_strides[1] + i_h * dq_strides[2]) * UNIT
+    store_tile(dq_ptr, dq1 * scale, start, dq_strides[3], M, BLOCK_M, 0, E1, E, UNIT)
+    if E2:
+        store_tile(dq_ptr, dq2 * scale, start, dq_strides[3], M, BLOCK_M, E1, E2, E, UNIT)
+
+
+@jit
+def _key_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_ptr, dk_ptr, dv_ptr, scale, scales, B, H, M, N, splits, per,
+                   dout_strides, q_strides, k_strides, v_strides, bias_strides, lengths_stride, dk_strides, dv_strides,
+                   CAUSAL: tl.constexpr, MASK: tl.constexpr, E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BLOCK_M: tl.constexpr,
+                   BLOCK_N: tl.constexpr):
+    """dk, dv of a block of keys from the queries [per i_s, per (i_s + 1)).
+
+    grid    B H splits cdiv(N, BLOCK_N), key blocks innermost: neighbours read the same queries
+    layout  as in `_query_gradients`; dk, dv (splits, B, H, N, E), last stride 1
+    math    P^T and dS^T from k q^T and v dout^T, so that neither is transposed; dv = P^T dout, dk = scale dS^T q
+    needs   as in `_forward`; per % BLOCK_M = 0
+    """
+    blocks = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0).to(tl.int64)
+    start = (pid % blocks * BLOCK_N).to(tl.int32)
+    i_s, i_bh = pid // blocks % splits, pid // blocks // splits
+    i_b, i_h = i_bh // H, i_bh % H
+    o_n = start + tl.arange(0, BLOCK_N)
+    dout_ptr += (i_b * dout_strides[0] + i_h * dout_strides[1]) * UNIT
+    q_ptr += (i_b * q_strides[0] + i_h * q_strides[1]) * UNIT
+    k_ptr += (i_b * k_strides[0] + i_h * k_strides[1]) * UNIT
+    v_ptr += (i_b * v_strides[0] + i_h * v_strides[1]) * UNIT
+    if bias_ptr is not None:
+        bias_ptr += i_b * bias_strides[0] + i_h * bias_strides[1]
+
+    begin = (i_s * per).to(tl.int32)
+    last = tl.minimum(begin + per, M)
+    end = N
+    if lengths_ptr is not None:
+        end = tl.load(lengths_ptr + i_b * lengths_stride).to(tl.int32)
+        last = tl.where(start < end, last, begin)
+    if CAUSAL:  # the first query that sees key n is n - (N - M)
+        begin = tl.maximum(begin, (start - (N - M)) // BLOCK_M * BLOCK_M)
+
+    k1 = load_tile(k_ptr, start, k_strides[2], end, BLOCK_N, 0, E1, E, UNIT)
+    v1 = load_tile(v_ptr, start, v_strides[2], end, BLOCK_N, 0, E1, E, UNIT)
+    dk1 = tl.zeros([BLOCK_N, E1], tl.float32)
+    dv1 = tl.zeros([BLOCK_N, E1], tl.float32)
+    if E2:
+        k2 = load_tile(k_ptr, start, k_strides[2], end, BLOCK_N, E1, E2, E, UNIT)
+        v2 = load_tile(v_ptr, start, v_strides[2], end, BLOCK_N, E1, E2, E, UNIT)
+        dk2 = tl.zeros([BLOCK_N, E2], tl.float32)
+        dv2 = tl.zeros([BLOCK_N, E2], tl.float32)
+    for i_m in range(begin, last, BLOCK_M):
+        o_m = i_m + tl.arange(0, BLOCK_M)
+        lse, low, delta = _load_statistics(stats_ptr + i_bh * M, tl.cast(B, tl.int64) * H * M, o_m, M)
+        q1 = load_tile(q_ptr, i_m, q_strides[2], M, BLOCK_M, 0, E1, E, UNIT)
+        dout1 = load_tile(dout_ptr, i_m, dout_strides[2], M, BLOCK_M, 0, E1, E, UNIT)
+        s = dot(k1, tl.trans(q1), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        dp = dot(v1, tl.trans(dout1), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        if E2:
+            q2 = load_tile(q_ptr, i_m, q_strides[2], M, BLOCK_M, E1, E2, E, UNIT)
+            dout2 = load_tile(dout_ptr, i_m, dout_strides[2], M, BLOCK_M, E1, E2, E, UNIT)
+            s = dot(k2, tl.trans(q2), s)
+            dp = dot(v2, tl.trans(dout2), dp)
+        s = _logits(s, scales, bias_ptr, bias_strides, o_m[None, :], o_n[:, None], M, N, end, CAUSAL, MASK,
+                    q_ptr.dtype.element_ty == tl.float32)
+        p = tl.exp2((s - lse[None, :]) - low[None, :])
+        ds = narrow(p * (dp - delta[None, :]), q_ptr.dtype.element_ty)
+        p = narrow(p, q_ptr.dtype.element_ty)
+        dv1 = dot(p, dout1, dv1)
+        dk1 = dot(ds, q1, dk1)
+        if E2:
+            dv2 = dot(p, dout2, dv2)
+            dk2 = dot(ds, q2, dk2)
+
+    scale = tl.cast(scale, tl.float32)
+    dk_ptr += (i_s * dk_strides[0] + i_b * dk_strides[1] + i_h * dk_strides[2]) * UNIT
+    dv_ptr += (i_s * dv_strides[0] + i_b * dv_strides[1] + i_h * dv_strides[2]) * UNIT
+    store_tile(dk_ptr, dk1 * scale, start, dk_strides[3], N, BLOCK_N, 0, E1, E, UNIT)
+    store_tile(dv_ptr, dv1, start, dv_strides[3], N, BLOCK_N, 0, E1, E, UNIT)
+    if E2:
+        store_tile(dk_ptr, dk2 * scale, start, dk_strides[3], N, BLOCK_N, E1, E2, E, UNIT)
+        store_tile(dv_ptr, dv2, start, dv_strides[3], N, BLOCK_N, E1, E2, E, UNIT)
+
+
+@jit
+def _sum(parts_ptr, y_ptr, B, H, M, splits, y_strides, E: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """y = the parts added from the first to the last.
+
+    grid    B H cdiv(M, ROWS), row blocks innermost
+    layout  parts (splits, B, H, M, E) contiguous; y (B, H, M, E), last stride 1
+    math    fp32, rounded once
+    needs   WIDTH a power of two, at least E
+    """
+    blocks = tl.cdiv(M, ROWS)
+    pid = tl.program_id(0).to(tl.int64)
+    start, i_bh = pid % blocks * ROWS, pid // blocks
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    for i_s in range(splits):
+        i_row = (tl.cast(i_s, tl.int64) * B * H + i_bh) * M
+        acc += load_tile(parts_ptr + i_row * E, start, E, M, ROWS, 0, WIDTH, E)
+    store_tile(y_ptr + i_bh // H * y_strides[0] + i_bh % H * y_strides[1], acc, start, y_strides[2], M, ROWS, 0, WIDTH, E)
+
+
+def _cut(E):
+    """Head size as a sum of two powers of two, the second 0 where one alone wastes no more."""
+    whole = power_of_two(E, least=16)
+    rest = power_of_two(E - whole // 2, least=16)
+    return (whole // 2, rest) if whole > 16 and whole // 2 + rest < whole else (whole, 0)
+
+
+def _settings(what, q, M, N):
+    """Launch settings for this dtype, head size and machine; a block of queries no longer than there are queries."""
+    chosen = dict(pick(LAUNCH[what][q.element_size()], device.architecture(q.device), q.shape[3]))
+    chosen["BLOCK_M"] = min(chosen["BLOCK_M"], power_of_two(M, least=16))
+    chosen["BLOCK_N"] = min(chosen["BLOCK_N"], power_of_two(N, least=16))
+    chosen["num_warps"] = min(chosen["num_warps"], max(4, chosen["BLOCK_M"] // 16))
+    return chosen
+
+
+def _shares(q, tiles, length, block):
+    """(splits, per): a loop over `length` is shared by `splits` programs, `per` each, where `tiles` programs would leave the chip idle.
+
+    A matter of sizes and architecture alone, so that the bits are too.
+    """
+    programs, least = pick(SHARE, device.architecture(q.device), tiles)
+    steps = cdiv(length, block)
+    splits = 1 if tiles >= programs else max(1, min(cdiv(2 * programs, max(tiles, 1)), steps // least))
+    per = max(1, cdiv(steps, splits)) * block
+    return max(1, cdiv(length, per)), per
+
+
+def _parts(y, splits):
+    """Where `splits` programs write their parts of y, and its strides (part, B, H, row): y itself for one, fp32 memory for more."""
+    parts = y.unsqueeze(0) if splits == 1 else y.new_empty((splits, *y.shape), dtype=torch.float32)
+    return parts, parts.stride()[:4]
+
+
+def _by_rows(kernel, y, *args):
+    """Launches a kernel over blocks of the rows of y (B, H, M, E)."""
+    B, H, M, E = y.shape
+    width = power_of_two(E)
+    block = power_of_two(min(M, max(1, MERGE["elements"] // width)))
+    kernel[(B * H * cdiv(M, block),)](*args, E=E, WIDTH=width, ROWS=block, num_warps=MERGE["num_warps"], **OPTIONS)
+
+
+def _mask_arguments(bias, key_lengths, shape):
+    """(bias, its strides over (B, H, M, N), key_lengths' stride)."""
+    strides = (0,) * 4 if bias is None else bias.expand(shape).stride()
+    return strides, 0 if key_lengths is None else key_lengths.stride(0)
+
+
+def _scales(q, scale):
+    """scale, and scale log2(e) as the sum of two floats."""
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    exact = scale * math.log2(math.e)
+    high = struct.unpack("f", struct.pack("f", exact))[0]
+    return scale, (high, exact - high)
+
+
+def _forward_plan(q, N):
+    B, H, M, _ = q.shape
+    chosen = _settings("forward", q, M, N)
+    return chosen, *_shares(q, B * H * cdiv(M, chosen["BLOCK_M"]), N, chosen["BLOCK_N"])
+
+
+def _run_forward(args, outs):
+    q, k, v, bias, key_lengths, causal, scale = args
+    out, lse, low = outs
+    (B, H, M, E), N = q.shape, k.shape[2]
+    if not B * H * M:
+        return
+    q, k, v = rows(q), rows(k), rows(v)
+    (chosen, splits, per), (E1, E2) = _forward_plan(q, N), _cut(E)
+    parts, strides = _parts(out, splits)
+    sums = (lse, low) if splits == 1 else lse.new_empty((2, splits, *lse.shape)).unbind(0)
+    bias_strides, lengths_stride = _mask_arguments(bias, key_lengths, (B, H, M, N))
+    _forward[(B * H * splits * cdiv(M, chosen["BLOCK_M"]),)](
+        q, k, v, bias, key_lengths, parts, *sums, _scales(q, scale)[1], B, H, M, N, splits, per, q.stride()[:3], k.stride()[:3], v.stride()[:3],
+        bias_strides, lengths_stride, strides, SHARED=splits > 1, CAUSAL=causal,
+        MASK=causal or key_lengths is not None or N % chosen["BLOCK_N"] != 0, E=E, E1=E1, E2=E2, **chosen, **OPTIONS)
+    if splits > 1:
+        _by_rows(_merge, out, parts, *sums, out, lse, low, B, H, M, splits, out.stride()[:3])
+
+
+def _backward_plan(q, N):
+    """Settings, splits and share of the query gradients, then those of the key gradients."""
+    B, H, M, _ = q.shape
+    by_query, by_key = _settings("query gradients", q, M, N), _settings("key gradients", q, M, N)
+    return ((by_query, *_shares(q, B * H * cdiv(M, by_query["BLOCK_M"]), N, by_query["BLOCK_N"])),
+            (by_key, *_shares(q, B * H * cdiv(N, by_key["BLOCK_N"]), M, by_key["BLOCK_M"])))
+
+
+def _run_backward(args, outs):
+    dout, dlse, q, k, v, bias, key_lengths, out, lse, lse_low, causal, scale, bias_grad = args
+    dq, dk, dv, dbias = outs
+    (B, H, M, E), N = q.shape, k.shape[2]
+    dout, q, k, v, out = rows(dout), rows(q), rows(k), rows(v), rows(out)
+    ((by_query, query_splits, keys), (by_key, key_splits, queries)), (E1, E2) = _backward_plan(q, N), _cut(E)
+    stats = lse.new_empty((3, *lse.shape))
+    bias_strides, lengths_stride = _mask_arguments(bias, key_lengths, (B, H, M, N))
+    strides = (dout.stride()[:3], q.stride()[:3], k.stride()[:3], v.stride()[:3], bias_strides, lengths_stride)
+    hidden = causal or key_lengths is not None  # then blocks of dS may not be visited
+    ds = None
+    if bias_grad:
+        ds = dbias if dbias.shape == (B, H, M, N) else q.new_empty((B, H, M, N), dtype=torch.float32)
+        if hidden:
+            ds.zero_()
+    if B * H * M:
+        dlse_strides = (0,) * 3 if dlse is None else dlse.stride()
+        _statistics[(B * H * cdiv(M, STATISTICS["ROWS"]),)](
+            dout, out, lse.contiguous(), lse_low.contiguous(), dlse, stats, B, H, M, dout.stride()[:3], out.stride()[:3], dlse_strides,
+            E=E, E1=E1, E2=E2, **STATISTICS, **OPTIONS)
+        parts, part_strides = _parts(dq, query_splits)
+        _query_gradients[(B * H * query_splits * cdiv(M, by_query["BLOCK_M"]),)](
+            dout, q, k, v, bias, key_lengths, stats, parts, ds, *_scales(q, scale), B, H, M, N, query_splits, keys, *strides,
+            part_strides, CAUSAL=causal, MASK=hidden or N % by_query["BLOCK_N"] != 0, E=E, E1=E1, E2=E2, **by_query, **OPTIONS)
+        if query_splits > 1:
+            _by_rows(_sum, dq, parts, dq, B, H, M, query_splits, dq.stride()[:3])
+    if B * H * N:
+        (dk_parts, dk_strides), (dv_parts, dv_strides) = _parts(dk, key_splits), _parts(dv, key_splits)
+        _key_gradients[(B * H * key_splits * cdiv(N, by_key["BLOCK_N"]),)](
+            dout, q, k, v, bias, key_lengths, stats, dk_parts, dv_parts, *_scales(q, scale), B, H, M, N, key_splits, queries, *strides,
+            dk_strides, dv_strides, CAUSAL=causal, MASK=hidden, E=E, E1=E1, E2=E2, **by_key, **OPTIONS)
+        if key_splits > 1:
+            for parts, y in ((dk_parts, dk), (dv_parts, dv)):
+                _by_rows(_sum, y, parts, y, B, H, N, key_splits, y.stride()[:3])
+    if bias_grad and ds is not dbias:
+        shared = [axis for axis, (own, full) in enumerate(zip(dbias.shape, ds.shape, strict=True)) if own != full]
+        dbias.copy_(ds.sum(shared, keepdim=True, dtype=torch.float64))
+
+
+def _refuse_size(E):
+    return None if 1 <= E <= LARGEST else f"takes head sizes from 1 to {LARGEST}, got {E}"
+
+
+def _plan_forward(q, k, *_):
+    chosen, splits, per = _forward_plan(q, k.shape[2])
+    over = f"{splits} programs share its keys, {per} each, and merge in order" if splits > 1 else "one program loops over its keys"
+    return f"blocks of {chosen['BLOCK_M']} queries; {over}"
+
+
+def _plan_backward(dout, dlse, q, k, *_):
+    (by_query, query_splits, keys), (by_key, key_splits, queries) = _backward_plan(q, k.shape[2])
+    return (f"dq: blocks of {by_query['BLOCK_M']} queries, {query_splits} programs each ({keys} keys); "
+            f"dk, dv: blocks of {by_key['BLOCK_N']} keys, {key_splits} programs each ({queries} queries)")
+
+
+FORWARD = triton(_run_forward, refuse=lambda q, *_: _refuse_size(q.shape[3]), plan=_plan_forward)
+BACKWARD = triton(_run_backward, refuse=lambda dout, *_: _refuse_size(dout.shape[3]), plan=_plan_backward)

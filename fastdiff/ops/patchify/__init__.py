@@ -32,10 +32,11 @@ def _unpatchify_outputs(tokens, patch, grid, order):
 
 
 PATCHIFY = contract("patchify(Tensor x, SymInt[] patch, str order) -> Tensor", outputs=_patchify_outputs, reference=reference.patchify,
-                    backends=(cuda("patchify"), triton.PATCHIFY, cpu("patchify")), module=__name__)
+                    backends=(cuda("patchify"), triton.PATCHIFY, cpu("patchify")), module=__name__,
+                    entry="patchify_eager")
 UNPATCHIFY = contract("unpatchify(Tensor tokens, SymInt[] patch, SymInt[] grid, str order) -> Tensor", outputs=_unpatchify_outputs,
                       reference=reference.unpatchify, backends=(cuda("unpatchify"), triton.UNPATCHIFY, cpu("unpatchify")),
-                      module=__name__)
+                      module=__name__, entry="unpatchify_eager")
 
 
 def _save_grid(ctx, args, outs):
@@ -82,7 +83,9 @@ def patchify(x, patch, *, order="pqc"):
     space = tensor("patchify", "x", x).dim() - 2
     if space not in _LAYOUTS:
         fail("patchify", f"x wants 3 to 5 dimensions (B, C, 1 to 3 of space), got {x.dim()}: {tuple(x.shape)}")
-    return PATCHIFY(x, integers("patchify", "patch", patch, space), option("patchify", "order", order, _ORDERS))
+    args = (x, integers("patchify", "patch", patch, space), option("patchify", "order", order, _ORDERS))
+    tokens = PATCHIFY.eager(args)
+    return PATCHIFY(*args) if tokens is None else tokens
 
 
 def unpatchify(tokens, patch, grid, *, order="pqc"):
@@ -100,4 +103,6 @@ def unpatchify(tokens, patch, grid, *, order="pqc"):
     grid = integers("unpatchify", "grid", grid, least=0)
     if len(grid) not in _LAYOUTS:
         fail("unpatchify", f"grid wants 1 to 3 ints, got {len(grid)}: {grid}")
-    return UNPATCHIFY(tokens, integers("unpatchify", "patch", patch, len(grid)), grid, option("unpatchify", "order", order, _ORDERS))
+    args = (tokens, integers("unpatchify", "patch", patch, len(grid)), grid, option("unpatchify", "order", order, _ORDERS))
+    x = UNPATCHIFY.eager(args)
+    return UNPATCHIFY(*args) if x is None else x

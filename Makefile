@@ -1,0 +1,55 @@
+# make demo · make test: all that a clean clone needs, in a virtual environment of its own. PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
+
+.PHONY: demo test bench lint build wheel sanitize deep gpu clean
+
+demo: $(VENV)/.demo $(VENV)/.built
+	$(RUN) -m fastdiff demo
+
+test: $(VENV)/.demo $(VENV)/.built
+	$(RUN) -m pytest
+
+deep: $(VENV)/.demo $(VENV)/.built
+	$(RUN) -m pytest tests/test_contract.py --deep
+
+bench: $(VENV)/.demo $(VENV)/.built
+	$(RUN) -m fastdiff bench --threads 1,2 --json benchmarks/results/$(shell hostname).json
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check .
+
+build: $(VENV)/.built
+
+wheel: $(VENV)/.installed
+	rm -rf dist
+	$(RUN) -m pip wheel --disable-pip-version-check --quiet --no-build-isolation --no-deps -w dist .
+
+# The whole property suite on the CPU library under the address and undefined-behaviour sanitizers. Leaks are not looked for: Python keeps
+# memory to its end.
+sanitize: $(VENV)/.demo $(VENV)/.built
+	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DFASTDIFF_SANITIZE=ON -DFASTDIFF_TORCH=$(shell $(RUN) -c "import torch; print(torch.__path__[0])")
+	$(VENV)/bin/cmake --build build/sanitize
+	LD_PRELOAD="$(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	FASTDIFF_NATIVE=build/sanitize $(RUN) -m pytest tests/test_contract.py -k "cpu"
+
+# The suite and the benchmarks on a machine with a GPU.
+gpu: $(VENV)/.demo $(VENV)/.built
+	$(RUN) -m pytest tests/test_contract.py --device cuda
+	$(RUN) -m fastdiff bench --device cuda --json benchmarks/results/$(shell hostname)-cuda.json --plot benchmarks/results/$(shell hostname)-cuda.png
+
+clean:
+	rm -rf $(VENV) build dist fastdiff/_native *.egg-info
+
+$(VENV)/.installed: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) setuptools wheel cmake ninja numpy rich ruff triton pybind11 pytest hypothesis einops scipy matplotlib
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES) pyproject.toml
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) --no-build-isolation --no-deps -e .
+	touch $@
