@@ -48,6 +48,23 @@ def rows(x):
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def padded(width, dtype):
+    """width, rounded up to whole loads of 16 bytes."""
+    whole = 16 // dtype.itemsize
+    return cdiv(width, whole) * whole
+
+
+def aligned(x):
+    """x, if each of its rows starts on 16 bytes and is whole loads of 16 bytes; else a copy, padded with zeros to `padded` columns.
+
+    Loads of single elements would cost more than the copy does, and an address register each.
+    """
+    width, whole = x.shape[-1], 16 // x.element_size()
+    if x.stride(-1) == 1 and width % whole == 0 and not any(s % whole for s in x.stride()[:-1]) and x.data_ptr() % 16 == 0:
+        return x
+    return torch.nn.functional.pad(x, (0, padded(width, x.dtype) - width)).contiguous()
+
+
 @jit
 def dot(a, b, acc):
     """acc + a b, accumulated in fp32; fp32 operands are not rounded to tf32.

@@ -7,7 +7,7 @@ import torch
 
 from ...core import device
 from ...core.backend import triton
-from ...core.jit import OPTIONS, cdiv, dot, jit, load_tile, narrow, power_of_two, rows, store_tile, tl
+from ...core.jit import OPTIONS, aligned, cdiv, dot, jit, load_tile, narrow, padded, power_of_two, store_tile, tl, unit_of
 from ...core.launch import pick
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -15,26 +15,27 @@ LN2 = tl.constexpr(0.6931471805599453)
 LARGEST = 512
 
 
-def _table(sizes):
-    """Launch rows of {largest head size: (BLOCK_M, BLOCK_N, num_warps, num_stages)}, for every architecture."""
+def _table(*parts):
+    """Launch rows of (least architecture, {largest head size: (BLOCK_M, BLOCK_N, num_warps, num_stages)})."""
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-    return tuple((0, largest, dict(zip(names, row, strict=True))) for largest, row in sizes.items())
+    return tuple((least, largest, dict(zip(names, row, strict=True))) for least, sizes in parts for largest, row in sizes.items())
 
 
-# By pass and element size. Chosen so that no kernel spills registers and shared memory
-# fits (tests/test_triton.py compiles them all); not timed on a GPU yet. fp32 runs on FMA units, which hold whole operand rows in registers.
+# By pass and element size. Chosen so that no kernel spills registers and shared memory fits (tests/test_triton.py compiles them all);
+# not timed on a GPU yet. fp32 runs on FMA units, which hold whole rows of an operand in registers: its blocks are small.
 LAUNCH = {
     "forward": {
-        2: _table({64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2), None: (64, 32, 8, 1)}),
-        4: _table({64: (64, 32, 8, 2), 128: (32, 32, 8, 2), None: (16, 16, 4, 1)}),
+        2: _table((90, {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 320: (64, 32, 8, 2), None: (32, 32, 8, 2)}),
+                  (0, {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), None: (32, 32, 8, 2)})),
+        4: _table((0, {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), None: (32, 16, 8, 1)})),
     },
     "query gradients": {
-        2: _table({64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1), None: (32, 32, 8, 1)}),
-        4: _table({64: (32, 32, 8, 2), 128: (32, 16, 8, 1), None: (16, 16, 4, 1)}),
+        2: _table((0, {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2), 320: (32, 32, 8, 2), None: (32, 16, 8, 2)})),
+        4: _table((0, {128: (32, 32, 8, 2), None: (16, 16, 8, 2)})),
     },
     "key gradients": {
-        2: _table({64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1), None: (32, 32, 8, 1)}),
-        4: _table({64: (32, 32, 8, 2), 128: (16, 32, 8, 1), None: (16, 16, 4, 1)}),
+        2: _table((0, {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (64, 32, 8, 2), 320: (32, 32, 8, 2), None: (32, 16, 8, 1)})),
+        4: _table((0, {128: (32, 32, 8, 2), None: (16, 16, 8, 1)})),
     },
 }
 # Rows of (programs that fill the chip: its multiprocessors; least blocks a program loops over when it shares a loop). 0: the interpreter.
@@ -80,13 +81,14 @@ def _log_sum_exp(top, total):
 @jit
 def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, low_ptr, scales, B, H, M, N, splits, per, q_strides, k_strides,
              v_strides, bias_strides, lengths_stride, out_strides, SHARED: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-             E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
-             BLOCK_N: tl.constexpr):
+             UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """out, lse of a block of queries over the keys [per i_s, per (i_s + 1)); if SHARED, what `_merge` makes them of.
 
     grid    B H splits cdiv(M, BLOCK_M), query blocks innermost: neighbours read the same keys
     layout  q, k, v (B, H, rows, E), out (splits, B, H, M, E), any strides but the last, which is 1; lse, low (splits, B, H, M)
-            contiguous; bias (B, H, M, N), any strides, or None; lengths (B,) or None
+            contiguous; bias (B, H, M, N), any strides, or None; lengths (B,) or None. Strides of inputs of four axes
+            are given in UNITs, those of outputs in OUT_UNITs; inputs have PADDED columns, zero from column E on
     math    S = q k^T in fp32, in units of log 2; running maximum and sum, P rounded to q's dtype for P v, out normalised at the end, 0
             without a key; if SHARED out is left as the sum, and the maximum and the sum of P stand for lse and low
     needs   E1 + E2 >= E, each a power of two >= 16 (E2 may be 0); MASK unless every block of keys is seen whole; per % BLOCK_N = 0
@@ -110,18 +112,18 @@ def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, low_p
     if CAUSAL:
         end = tl.minimum(end, start + BLOCK_M + (N - M))
 
-    q1 = load_tile(q_ptr, start, q_strides[2], M, BLOCK_M, 0, E1, E, UNIT)
+    q1 = load_tile(q_ptr, start, q_strides[2], M, BLOCK_M, 0, E1, PADDED, UNIT)
     acc1 = tl.zeros([BLOCK_M, E1], tl.float32)
     if E2:
-        q2 = load_tile(q_ptr, start, q_strides[2], M, BLOCK_M, E1, E2, E, UNIT)
+        q2 = load_tile(q_ptr, start, q_strides[2], M, BLOCK_M, E1, E2, PADDED, UNIT)
         acc2 = tl.zeros([BLOCK_M, E2], tl.float32)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for i_n in range(begin, end, BLOCK_N):
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        s = dot(q1, tl.trans(load_tile(k_ptr, i_n, k_strides[2], end, BLOCK_N, 0, E1, E, UNIT)), s)
+        s = dot(q1, tl.trans(load_tile(k_ptr, i_n, k_strides[2], end, BLOCK_N, 0, E1, PADDED, UNIT)), s)
         if E2:
-            s = dot(q2, tl.trans(load_tile(k_ptr, i_n, k_strides[2], end, BLOCK_N, E1, E2, E, UNIT)), s)
+            s = dot(q2, tl.trans(load_tile(k_ptr, i_n, k_strides[2], end, BLOCK_N, E1, E2, PADDED, UNIT)), s)
         s = _logits(s, scales, bias_ptr, bias_strides, o_m[:, None], (i_n + tl.arange(0, BLOCK_N))[None, :], M, N, end, CAUSAL, MASK,
                     q_ptr.dtype.element_ty == tl.float32)
         new = tl.maximum(top, tl.max(s, 1))
@@ -130,9 +132,9 @@ def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, low_p
         fade = tl.exp2(top - shift)
         total = total * fade + tl.sum(p, 1)
         p = narrow(p, q_ptr.dtype.element_ty)
-        acc1 = dot(p, load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, 0, E1, E, UNIT), acc1 * fade[:, None])
+        acc1 = dot(p, load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, 0, E1, PADDED, UNIT), acc1 * fade[:, None])
         if E2:
-            acc2 = dot(p, load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, E1, E2, E, UNIT), acc2 * fade[:, None])
+            acc2 = dot(p, load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, E1, E2, PADDED, UNIT), acc2 * fade[:, None])
         top = new
 
     o_lse = (i_s * B * H + i_bh) * M + o_m
@@ -147,10 +149,10 @@ def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, low_p
         acc1 = acc1 / total
         if E2:
             acc2 = acc2 / total
-    out_ptr += (i_s * out_strides[0] + i_b * out_strides[1] + i_h * out_strides[2]) * UNIT
-    store_tile(out_ptr, acc1, start, out_strides[3], M, BLOCK_M, 0, E1, E, UNIT)
+    out_ptr += (i_s * out_strides[0] + i_b * out_strides[1] + i_h * out_strides[2]) * OUT_UNIT
+    store_tile(out_ptr, acc1, start, out_strides[3], M, BLOCK_M, 0, E1, E, OUT_UNIT)
     if E2:
-        store_tile(out_ptr, acc2, start, out_strides[3], M, BLOCK_M, E1, E2, E, UNIT)
+        store_tile(out_ptr, acc2, start, out_strides[3], M, BLOCK_M, E1, E2, E, OUT_UNIT)
 
 
 @jit
@@ -188,7 +190,7 @@ def _merge(parts_ptr, tops_ptr, totals_ptr, out_ptr, lse_ptr, low_ptr, B, H, M, 
 
 @jit
 def _statistics(dout_ptr, out_ptr, lse_ptr, low_ptr, dlse_ptr, stats_ptr, B, H, M, dout_strides, out_strides, dlse_strides,
-                E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, ROWS: tl.constexpr):
+                UNIT: tl.constexpr, PADDED: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, ROWS: tl.constexpr):
     """What both gradient kernels need of a query: its log-sum-exp, and delta = sum_e dout out - dlse, which they take off its row of dP.
 
     grid    B H cdiv(M, ROWS), row blocks innermost
@@ -210,11 +212,12 @@ def _statistics(dout_ptr, out_ptr, lse_ptr, low_ptr, dlse_ptr, stats_ptr, B, H, 
 
     dout_ptr += (i_b * dout_strides[0] + i_h * dout_strides[1]) * UNIT
     out_ptr += (i_b * out_strides[0] + i_h * out_strides[1]) * UNIT
-    dout = load_tile(dout_ptr, start, dout_strides[2], M, ROWS, 0, E1, E, UNIT)
-    product = dot(dout, tl.trans(load_tile(out_ptr, start, out_strides[2], M, ROWS, 0, E1, E, UNIT)), tl.zeros([ROWS, ROWS], tl.float32))
+    dout = load_tile(dout_ptr, start, dout_strides[2], M, ROWS, 0, E1, PADDED, UNIT)
+    product = tl.zeros([ROWS, ROWS], tl.float32)
+    product = dot(dout, tl.trans(load_tile(out_ptr, start, out_strides[2], M, ROWS, 0, E1, PADDED, UNIT)), product)
     if E2:
-        dout = load_tile(dout_ptr, start, dout_strides[2], M, ROWS, E1, E2, E, UNIT)
-        product = dot(dout, tl.trans(load_tile(out_ptr, start, out_strides[2], M, ROWS, E1, E2, E, UNIT)), product)
+        dout = load_tile(dout_ptr, start, dout_strides[2], M, ROWS, E1, E2, PADDED, UNIT)
+        product = dot(dout, tl.trans(load_tile(out_ptr, start, out_strides[2], M, ROWS, E1, E2, PADDED, UNIT)), product)
     delta = tl.sum(tl.where(o_row[:, None] == o_row[None, :], product, 0.0), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + i_b * dlse_strides[0] + i_h * dlse_strides[1] + o_m * dlse_strides[2], mask=m_m, other=0.0)
@@ -236,8 +239,8 @@ def _load_statistics(stats_ptr, rows, o_m, M):
 @jit
 def _query_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_ptr, dq_ptr, ds_ptr, scale, scales, B, H, M, N, splits,
                      per, dout_strides, q_strides, k_strides, v_strides, bias_strides, lengths_stride, dq_strides, CAUSAL: tl.constexpr,
-                     MASK: tl.constexpr, E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
-             BLOCK_N: tl.constexpr):
+                     MASK: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr,
+                     E1: tl.constexpr, E2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dq of a block of queries from the keys [per i_s, per (i_s + 1)), and their part of dS.
 
     grid    B H splits cdiv(M, BLOCK_M), query blocks innermost: neighbours read the same keys
@@ -268,23 +271,23 @@ def _query_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats
 
     lse, low, delta = _load_statistics(stats_ptr + i_bh * M, tl.cast(B, tl.int64) * H * M, o_m, M)
     lse, low, delta = lse[:, None], low[:, None], delta[:, None]
-    q1 = load_tile(q_ptr, start, q_strides[2], M, BLOCK_M, 0, E1, E, UNIT)
-    dout1 = load_tile(dout_ptr, start, dout_strides[2], M, BLOCK_M, 0, E1, E, UNIT)
+    q1 = load_tile(q_ptr, start, q_strides[2], M, BLOCK_M, 0, E1, PADDED, UNIT)
+    dout1 = load_tile(dout_ptr, start, dout_strides[2], M, BLOCK_M, 0, E1, PADDED, UNIT)
     dq1 = tl.zeros([BLOCK_M, E1], tl.float32)
     if E2:
-        q2 = load_tile(q_ptr, start, q_strides[2], M, BLOCK_M, E1, E2, E, UNIT)
-        dout2 = load_tile(dout_ptr, start, dout_strides[2], M, BLOCK_M, E1, E2, E, UNIT)
+        q2 = load_tile(q_ptr, start, q_strides[2], M, BLOCK_M, E1, E2, PADDED, UNIT)
+        dout2 = load_tile(dout_ptr, start, dout_strides[2], M, BLOCK_M, E1, E2, PADDED, UNIT)
         dq2 = tl.zeros([BLOCK_M, E2], tl.float32)
     for i_n in range(begin, end, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
-        k1 = load_tile(k_ptr, i_n, k_strides[2], end, BLOCK_N, 0, E1, E, UNIT)
+        k1 = load_tile(k_ptr, i_n, k_strides[2], end, BLOCK_N, 0, E1, PADDED, UNIT)
         s = dot(q1, tl.trans(k1), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         dp = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        dp = dot(dout1, tl.trans(load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, 0, E1, E, UNIT)), dp)
+        dp = dot(dout1, tl.trans(load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, 0, E1, PADDED, UNIT)), dp)
         if E2:
-            k2 = load_tile(k_ptr, i_n, k_strides[2], end, BLOCK_N, E1, E2, E, UNIT)
+            k2 = load_tile(k_ptr, i_n, k_strides[2], end, BLOCK_N, E1, E2, PADDED, UNIT)
             s = dot(q2, tl.trans(k2), s)
-            dp = dot(dout2, tl.trans(load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, E1, E2, E, UNIT)), dp)
+            dp = dot(dout2, tl.trans(load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, E1, E2, PADDED, UNIT)), dp)
         s = _logits(s, scales, bias_ptr, bias_strides, o_m[:, None], o_n[None, :], M, N, end, CAUSAL, MASK,
                     q_ptr.dtype.element_ty == tl.float32)
         ds = tl.exp2((s - lse) - low) * (dp - delta)
@@ -297,17 +300,17 @@ def _query_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats
             dq2 = dot(ds, k2, dq2)
 
     scale = tl.cast(scale, tl.float32)
-    dq_ptr += (i_s * dq_strides[0] + i_b * dq_strides[1] + i_h * dq_strides[2]) * UNIT
-    store_tile(dq_ptr, dq1 * scale, start, dq_strides[3], M, BLOCK_M, 0, E1, E, UNIT)
+    dq_ptr += (i_s * dq_strides[0] + i_b * dq_strides[1] + i_h * dq_strides[2]) * OUT_UNIT
+    store_tile(dq_ptr, dq1 * scale, start, dq_strides[3], M, BLOCK_M, 0, E1, E, OUT_UNIT)
     if E2:
-        store_tile(dq_ptr, dq2 * scale, start, dq_strides[3], M, BLOCK_M, E1, E2, E, UNIT)
+        store_tile(dq_ptr, dq2 * scale, start, dq_strides[3], M, BLOCK_M, E1, E2, E, OUT_UNIT)
 
 
 @jit
 def _key_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_ptr, dk_ptr, dv_ptr, scale, scales, B, H, M, N, splits, per,
                    dout_strides, q_strides, k_strides, v_strides, bias_strides, lengths_stride, dk_strides, dv_strides,
-                   CAUSAL: tl.constexpr, MASK: tl.constexpr, E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BLOCK_M: tl.constexpr,
-                   BLOCK_N: tl.constexpr):
+                   CAUSAL: tl.constexpr, MASK: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, E: tl.constexpr,
+                   PADDED: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dk, dv of a block of keys from the queries [per i_s, per (i_s + 1)).
 
     grid    B H splits cdiv(N, BLOCK_N), key blocks innermost: neighbours read the same queries
@@ -337,25 +340,25 @@ def _key_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_p
     if CAUSAL:  # the first query that sees key n is n - (N - M)
         begin = tl.maximum(begin, (start - (N - M)) // BLOCK_M * BLOCK_M)
 
-    k1 = load_tile(k_ptr, start, k_strides[2], end, BLOCK_N, 0, E1, E, UNIT)
-    v1 = load_tile(v_ptr, start, v_strides[2], end, BLOCK_N, 0, E1, E, UNIT)
+    k1 = load_tile(k_ptr, start, k_strides[2], end, BLOCK_N, 0, E1, PADDED, UNIT)
+    v1 = load_tile(v_ptr, start, v_strides[2], end, BLOCK_N, 0, E1, PADDED, UNIT)
     dk1 = tl.zeros([BLOCK_N, E1], tl.float32)
     dv1 = tl.zeros([BLOCK_N, E1], tl.float32)
     if E2:
-        k2 = load_tile(k_ptr, start, k_strides[2], end, BLOCK_N, E1, E2, E, UNIT)
-        v2 = load_tile(v_ptr, start, v_strides[2], end, BLOCK_N, E1, E2, E, UNIT)
+        k2 = load_tile(k_ptr, start, k_strides[2], end, BLOCK_N, E1, E2, PADDED, UNIT)
+        v2 = load_tile(v_ptr, start, v_strides[2], end, BLOCK_N, E1, E2, PADDED, UNIT)
         dk2 = tl.zeros([BLOCK_N, E2], tl.float32)
         dv2 = tl.zeros([BLOCK_N, E2], tl.float32)
     for i_m in range(begin, last, BLOCK_M):
         o_m = i_m + tl.arange(0, BLOCK_M)
         lse, low, delta = _load_statistics(stats_ptr + i_bh * M, tl.cast(B, tl.int64) * H * M, o_m, M)
-        q1 = load_tile(q_ptr, i_m, q_strides[2], M, BLOCK_M, 0, E1, E, UNIT)
-        dout1 = load_tile(dout_ptr, i_m, dout_strides[2], M, BLOCK_M, 0, E1, E, UNIT)
+        q1 = load_tile(q_ptr, i_m, q_strides[2], M, BLOCK_M, 0, E1, PADDED, UNIT)
+        dout1 = load_tile(dout_ptr, i_m, dout_strides[2], M, BLOCK_M, 0, E1, PADDED, UNIT)
         s = dot(k1, tl.trans(q1), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
         dp = dot(v1, tl.trans(dout1), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
         if E2:
-            q2 = load_tile(q_ptr, i_m, q_strides[2], M, BLOCK_M, E1, E2, E, UNIT)
-            dout2 = load_tile(dout_ptr, i_m, dout_strides[2], M, BLOCK_M, E1, E2, E, UNIT)
+            q2 = load_tile(q_ptr, i_m, q_strides[2], M, BLOCK_M, E1, E2, PADDED, UNIT)
+            dout2 = load_tile(dout_ptr, i_m, dout_strides[2], M, BLOCK_M, E1, E2, PADDED, UNIT)
             s = dot(k2, tl.trans(q2), s)
             dp = dot(v2, tl.trans(dout2), dp)
         s = _logits(s, scales, bias_ptr, bias_strides, o_m[None, :], o_n[:, None], M, N, end, CAUSAL, MASK,
@@ -370,13 +373,13 @@ def _key_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_p
             dk2 = dot(ds, q2, dk2)
 
     scale = tl.cast(scale, tl.float32)
-    dk_ptr += (i_s * dk_strides[0] + i_b * dk_strides[1] + i_h * dk_strides[2]) * UNIT
-    dv_ptr += (i_s * dv_strides[0] + i_b * dv_strides[1] + i_h * dv_strides[2]) * UNIT
-    store_tile(dk_ptr, dk1 * scale, start, dk_strides[3], N, BLOCK_N, 0, E1, E, UNIT)
-    store_tile(dv_ptr, dv1, start, dv_strides[3], N, BLOCK_N, 0, E1, E, UNIT)
+    dk_ptr += (i_s * dk_strides[0] + i_b * dk_strides[1] + i_h * dk_strides[2]) * OUT_UNIT
+    dv_ptr += (i_s * dv_strides[0] + i_b * dv_strides[1] + i_h * dv_strides[2]) * OUT_UNIT
+    store_tile(dk_ptr, dk1 * scale, start, dk_strides[3], N, BLOCK_N, 0, E1, E, OUT_UNIT)
+    store_tile(dv_ptr, dv1, start, dv_strides[3], N, BLOCK_N, 0, E1, E, OUT_UNIT)
     if E2:
-        store_tile(dk_ptr, dk2 * scale, start, dk_strides[3], N, BLOCK_N, E1, E2, E, UNIT)
-        store_tile(dv_ptr, dv2, start, dv_strides[3], N, BLOCK_N, E1, E2, E, UNIT)
+        store_tile(dk_ptr, dk2 * scale, start, dk_strides[3], N, BLOCK_N, E1, E2, E, OUT_UNIT)
+        store_tile(dv_ptr, dv2, start, dv_strides[3], N, BLOCK_N, E1, E2, E, OUT_UNIT)
 
 
 @jit
@@ -399,10 +402,18 @@ def _sum(parts_ptr, y_ptr, B, H, M, splits, y_strides, E: tl.constexpr, WIDTH: t
 
 
 def _cut(E):
-    """Head size as a sum of two powers of two, the second 0 where one alone wastes no more."""
+    """Head size as a sum of two powers of two, the second 0 where one alone wastes no more.
+
+    Beside 128 and more, where blocks have few rows, fewer than 64 columns leave eight warps too little to share: registers spill.
+    """
     whole = power_of_two(E, least=16)
-    rest = power_of_two(E - whole // 2, least=16)
+    rest = power_of_two(E - whole // 2, least=16 if E < 128 else 64)
     return (whole // 2, rest) if whole > 16 and whole // 2 + rest < whole else (whole, 0)
+
+
+def _columns(q, E):
+    first, second = _cut(E)
+    return {"PADDED": padded(E, q.dtype), "E1": first, "E2": second}
 
 
 def _settings(what, q, M, N):
@@ -410,7 +421,6 @@ def _settings(what, q, M, N):
     chosen = dict(pick(LAUNCH[what][q.element_size()], device.architecture(q.device), q.shape[3]))
     chosen["BLOCK_M"] = min(chosen["BLOCK_M"], power_of_two(M, least=16))
     chosen["BLOCK_N"] = min(chosen["BLOCK_N"], power_of_two(N, least=16))
-    chosen["num_warps"] = min(chosen["num_warps"], max(4, chosen["BLOCK_M"] // 16))
     return chosen
 
 
@@ -427,9 +437,15 @@ def _shares(q, tiles, length, block):
 
 
 def _parts(y, splits):
-    """Where `splits` programs write their parts of y, and its strides (part, B, H, row): y itself for one, fp32 memory for more."""
-    parts = y.unsqueeze(0) if splits == 1 else y.new_empty((splits, *y.shape), dtype=torch.float32)
-    return parts, parts.stride()[:4]
+    """Where `splits` programs write their parts of y: y itself for one, fp32 memory for more; (splits, B, H, rows, E)."""
+    return y.unsqueeze(0) if splits == 1 else y.new_empty((splits, *y.shape), dtype=torch.float32)
+
+
+def _in_units(*tensors):
+    """The largest unit in which all strides but the last can be counted, and the strides of each tensor in it."""
+    strides = [x.stride()[:-1] for x in tensors]
+    unit = unit_of(*(s for each in strides for s in each))
+    return unit, [tuple(s // unit for s in each) for each in strides]
 
 
 def _by_rows(kernel, y, *args):
@@ -466,15 +482,16 @@ def _run_forward(args, outs):
     (B, H, M, E), N = q.shape, k.shape[2]
     if not B * H * M:
         return
-    q, k, v = rows(q), rows(k), rows(v)
-    (chosen, splits, per), (E1, E2) = _forward_plan(q, N), _cut(E)
-    parts, strides = _parts(out, splits)
+    chosen, splits, per = _forward_plan(q, N)
+    parts = _parts(out, splits)
     sums = (lse, low) if splits == 1 else lse.new_empty((2, splits, *lse.shape)).unbind(0)
     bias_strides, lengths_stride = _mask_arguments(bias, key_lengths, (B, H, M, N))
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    (unit, strides), (out_unit, (out_strides,)) = _in_units(q, k, v), _in_units(parts)
     _forward[(B * H * splits * cdiv(M, chosen["BLOCK_M"]),)](
-        q, k, v, bias, key_lengths, parts, *sums, _scales(q, scale)[1], B, H, M, N, splits, per, q.stride()[:3], k.stride()[:3], v.stride()[:3],
-        bias_strides, lengths_stride, strides, SHARED=splits > 1, CAUSAL=causal,
-        MASK=causal or key_lengths is not None or N % chosen["BLOCK_N"] != 0, E=E, E1=E1, E2=E2, **chosen, **OPTIONS)
+        q, k, v, bias, key_lengths, parts, *sums, _scales(q, scale)[1], B, H, M, N, splits, per, *strides, bias_strides, lengths_stride,
+        out_strides, SHARED=splits > 1, CAUSAL=causal, MASK=causal or key_lengths is not None or N % chosen["BLOCK_N"] != 0, UNIT=unit,
+        OUT_UNIT=out_unit, E=E, **_columns(q, E), **chosen, **OPTIONS)
     if splits > 1:
         _by_rows(_merge, out, parts, *sums, out, lse, low, B, H, M, splits, out.stride()[:3])
 
@@ -491,11 +508,15 @@ def _run_backward(args, outs):
     dout, dlse, q, k, v, bias, key_lengths, out, lse, lse_low, causal, scale, bias_grad = args
     dq, dk, dv, dbias = outs
     (B, H, M, E), N = q.shape, k.shape[2]
-    dout, q, k, v, out = rows(dout), rows(q), rows(k), rows(v), rows(out)
-    ((by_query, query_splits, keys), (by_key, key_splits, queries)), (E1, E2) = _backward_plan(q, N), _cut(E)
+    (by_query, query_splits, keys), (by_key, key_splits, queries) = _backward_plan(q, N)
     stats = lse.new_empty((3, *lse.shape))
-    bias_strides, lengths_stride = _mask_arguments(bias, key_lengths, (B, H, M, N))
-    strides = (dout.stride()[:3], q.stride()[:3], k.stride()[:3], v.stride()[:3], bias_strides, lengths_stride)
+    dq_parts, dk_parts, dv_parts = _parts(dq, query_splits), _parts(dk, key_splits), _parts(dv, key_splits)
+    dout, q, k, v, out = aligned(dout), aligned(q), aligned(k), aligned(v), aligned(out)
+    unit, (out_strides, *strides) = _in_units(out, dout, q, k, v)
+    grad_unit, (dq_strides, dk_strides, dv_strides) = _in_units(dq_parts, dk_parts, dv_parts)
+    tensors = (dout, q, k, v, bias, key_lengths, stats)
+    strides += _mask_arguments(bias, key_lengths, (B, H, M, N))
+    columns = {"UNIT": unit, **_columns(q, E)}
     hidden = causal or key_lengths is not None  # then blocks of dS may not be visited
     ds = None
     if bias_grad:
@@ -505,19 +526,17 @@ def _run_backward(args, outs):
     if B * H * M:
         dlse_strides = (0,) * 3 if dlse is None else dlse.stride()
         _statistics[(B * H * cdiv(M, STATISTICS["ROWS"]),)](
-            dout, out, lse.contiguous(), lse_low.contiguous(), dlse, stats, B, H, M, dout.stride()[:3], out.stride()[:3], dlse_strides,
-            E=E, E1=E1, E2=E2, **STATISTICS, **OPTIONS)
-        parts, part_strides = _parts(dq, query_splits)
+            dout, out, lse.contiguous(), lse_low.contiguous(), dlse, stats, B, H, M, strides[0], out_strides, dlse_strides, **columns,
+            **STATISTICS, **OPTIONS)
         _query_gradients[(B * H * query_splits * cdiv(M, by_query["BLOCK_M"]),)](
-            dout, q, k, v, bias, key_lengths, stats, parts, ds, *_scales(q, scale), B, H, M, N, query_splits, keys, *strides,
-            part_strides, CAUSAL=causal, MASK=hidden or N % by_query["BLOCK_N"] != 0, E=E, E1=E1, E2=E2, **by_query, **OPTIONS)
+            *tensors, dq_parts, ds, *_scales(q, scale), B, H, M, N, query_splits, keys, *strides, dq_strides, CAUSAL=causal,
+            MASK=hidden or N % by_query["BLOCK_N"] != 0, OUT_UNIT=grad_unit, E=E, **columns, **by_query, **OPTIONS)
         if query_splits > 1:
-            _by_rows(_sum, dq, parts, dq, B, H, M, query_splits, dq.stride()[:3])
+            _by_rows(_sum, dq, dq_parts, dq, B, H, M, query_splits, dq.stride()[:3])
     if B * H * N:
-        (dk_parts, dk_strides), (dv_parts, dv_strides) = _parts(dk, key_splits), _parts(dv, key_splits)
         _key_gradients[(B * H * key_splits * cdiv(N, by_key["BLOCK_N"]),)](
-            dout, q, k, v, bias, key_lengths, stats, dk_parts, dv_parts, *_scales(q, scale), B, H, M, N, key_splits, queries, *strides,
-            dk_strides, dv_strides, CAUSAL=causal, MASK=hidden, E=E, E1=E1, E2=E2, **by_key, **OPTIONS)
+            *tensors, dk_parts, dv_parts, *_scales(q, scale), B, H, M, N, key_splits, queries, *strides, dk_strides, dv_strides,
+            CAUSAL=causal, MASK=hidden, OUT_UNIT=grad_unit, E=E, **columns, **by_key, **OPTIONS)
         if key_splits > 1:
             for parts, y in ((dk_parts, dk), (dv_parts, dv)):
                 _by_rows(_sum, y, parts, y, B, H, N, key_splits, y.stride()[:3])

@@ -1,0 +1,255 @@
+"""What the ops are measured against: op -> {peer name: callable with the op's keyword arguments}.
+
+The only place optional libraries are imported: one that is missing is named in MISSING, and its peers are left out.
+"""
+
+import importlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+LARGEST = 2 << 30  # bytes that a peer may take for intermediate results
+
+
+@dataclass(frozen=True)
+class Peer:
+    """refuse(**arguments): a sentence when it does not apply to these, else None. default: whether it runs when nobody asks for it."""
+
+    run: Callable
+    refuse: Callable | None = None
+    default: bool = True
+
+    def __call__(self, **arguments):
+        return self.run(**arguments)
+
+
+PEERS, MISSING, VERSIONS = {}, {}, {}
+
+
+def _optional(name):
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        MISSING[name] = str(error)
+        return None
+    VERSIONS[name] = module.__version__
+    return module
+
+
+def _add(op, name, run, refuse=None, default=True):
+    PEERS.setdefault(op, {})[name] = Peer(run, refuse, default)
+
+
+@lru_cache(None)
+def _compiled(run, mode):
+    return torch.compile(run, dynamic=False, mode=mode)
+
+
+def _eager(op, run, refuse=None):
+    """Plain PyTorch, and the same compiled."""
+
+    def refuse_compile(**arguments):
+        on_cpu = not any(x.is_cuda for x in arguments.values() if isinstance(x, torch.Tensor))
+        if on_cpu and not (shutil.which("g++") or shutil.which("clang++")):
+            return "torch.compile needs a C++ compiler"
+        return refuse(**arguments) if refuse else None
+
+    _add(op, "eager", run, refuse)
+    for name, mode in (("compile", "default"), ("compile-max", "max-autotune-no-cudagraphs")):
+        _add(op, name, lambda mode=mode, **arguments: _compiled(run, mode)(**arguments), refuse_compile, default=False)
+
+
+# patchify, unpatchify
+
+def _eager_patchify(x, patch, order):
+    B, C, *space = x.shape
+    axes = range(len(space))
+    split = x.reshape(B, C, *(n for size, p in zip(space, patch, strict=True) for n in (size // p, p)))
+    inner = [3 + 2 * i for i in axes]
+    tokens = split.permute(0, *(2 + 2 * i for i in axes), *((*inner, 1) if order == "pqc" else (1, *inner))).contiguous()
+    return tokens.view(B, prod(size // p for size, p in zip(space, patch, strict=True)), prod(patch) * C)
+
+
+def _eager_unpatchify(tokens, patch, grid, order):
+    B, _, D = tokens.shape
+    n, C = len(grid), D // prod(patch)
+    split = tokens.reshape(B, *grid, *((*patch, C) if order == "pqc" else (C, *patch)))
+    channel, first = (1 + 2 * n, 1 + n) if order == "pqc" else (1 + n, 2 + n)
+    image = split.permute(0, channel, *(a for i in range(n) for a in (1 + i, first + i))).contiguous()
+    return image.view(B, C, *(g * p for g, p in zip(grid, patch, strict=True)))
+
+
+def _planar(patch, **_):
+    return None if len(patch) == 2 else "takes two-dimensional images only"
+
+
+def _square(patch, **_):
+    return _planar(patch) or (None if patch[0] == patch[1] else "takes square patches only")
+
+
+def _tokens(columns, patch, order):
+    """(B, C p q, N) in the order of convolution weights -> contiguous tokens."""
+    if order == "cpq":
+        return columns.transpose(1, 2).contiguous()
+    B, D, N = columns.shape
+    return columns.view(B, D // prod(patch), prod(patch), N).permute(0, 3, 2, 1).reshape(B, N, D)
+
+
+def _columns(tokens, patch, order):
+    if order == "cpq":
+        return tokens.transpose(1, 2)
+    B, N, D = tokens.shape
+    return tokens.view(B, N, prod(patch), D // prod(patch)).permute(0, 3, 2, 1).reshape(B, D, N)
+
+
+def _unfold(x, patch, order):
+    return _tokens(F.unfold(x, patch, stride=patch), patch, order)
+
+
+def _fold(tokens, patch, grid, order):
+    return F.fold(_columns(tokens, patch, order), [g * p for g, p in zip(grid, patch, strict=True)], patch, stride=patch)
+
+
+def _pixel_unshuffle(x, patch, order):
+    return _tokens(F.pixel_unshuffle(x, patch[0]).flatten(2), patch, order)
+
+
+def _pixel_shuffle(tokens, patch, grid, order):
+    return F.pixel_shuffle(_columns(tokens, patch, order).unflatten(2, grid), patch[0]).contiguous()
+
+
+@lru_cache(None)
+def _pattern(space, order):
+    g, p = [f"g{i}" for i in range(space)], [f"p{i}" for i in range(space)]
+    image = "b c " + " ".join(f"({a} {b})" for a, b in zip(g, p, strict=True))
+    tokens = f"b ({' '.join(g)}) ({' '.join([*p, 'c'] if order == 'pqc' else ['c', *p])})"
+    return image, tokens
+
+
+def _einops_patchify(x, patch, order):
+    image, tokens = _pattern(len(patch), order)
+    return einops.rearrange(x, f"{image} -> {tokens}", **{f"p{i}": p for i, p in enumerate(patch)}).contiguous()
+
+
+def _einops_unpatchify(tokens, patch, grid, order):
+    image, rows = _pattern(len(patch), order)
+    sizes = {f"p{i}": p for i, p in enumerate(patch)} | {f"g{i}": g for i, g in enumerate(grid)}
+    return einops.rearrange(tokens, f"{rows} -> {image}", **sizes).contiguous()
+
+
+einops = _optional("einops")
+_eager("patchify", _eager_patchify)
+_eager("unpatchify", _eager_unpatchify)
+if einops:
+    _add("patchify", "einops", _einops_patchify)
+    _add("unpatchify", "einops", _einops_unpatchify)
+_add("patchify", "unfold", _unfold, _planar)
+_add("unpatchify", "fold", _fold, _planar)
+_add("patchify", "pixel_unshuffle", _pixel_unshuffle, _square)
+_add("unpatchify", "pixel_shuffle", _pixel_shuffle, _square)
+
+
+# attention
+
+@lru_cache(8)
+def _causal(M, N, device):
+    """The last query is aligned with the last key, where SDPA's own flag aligns the first with the first. Made once, outside the times."""
+    return torch.ones(M, N, dtype=torch.bool, device=device).tril(N - M)
+
+
+def _mask(q, k, bias, key_lengths, causal):
+    """(attn_mask, is_causal) of scaled_dot_product_attention."""
+    M, N = q.shape[2], k.shape[2]
+    if causal and M == N and bias is None and key_lengths is None:
+        return None, True
+    keep = _causal(M, N, q.device) if causal else None
+    if key_lengths is not None:
+        valid = torch.arange(N, device=q.device) < key_lengths.view(-1, 1, 1, 1)
+        keep = valid if keep is None else keep & valid
+    if bias is None:
+        return keep, False
+    return bias if keep is None else torch.where(keep, bias, -torch.inf), False
+
+
+def _sdpa(q, k, v, bias=None, key_lengths=None, causal=False, scale=None):
+    mask, is_causal = _mask(q, k, bias, key_lengths, causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
+
+
+def _sdpa_by(backend):
+    def run(**arguments):
+        with sdpa_kernel(backend):
+            return _sdpa(**arguments)
+
+    return run
+
+
+def _scores(q, k, bias, key_lengths, causal, scale):
+    scores = (q @ k.transpose(-2, -1)) * (q.shape[3] ** -0.5 if scale is None else scale)
+    mask, is_causal = _mask(q, k, bias, key_lengths, causal)
+    if is_causal:
+        mask = _causal(q.shape[2], k.shape[2], q.device)
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+
+def _eager_attention(q, k, v, bias=None, key_lengths=None, causal=False, scale=None):
+    return torch.softmax(_scores(q, k, bias, key_lengths, causal, scale), -1) @ v
+
+
+def _eager_with_lse(q, k, v, bias=None, key_lengths=None, causal=False, scale=None):
+    scores = _scores(q, k, bias, key_lengths, causal, scale)
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    return torch.softmax(scores, -1) @ v, torch.logsumexp(wide, -1)
+
+
+def _flash_with_lse(q, k, v, bias=None, key_lengths=None, causal=False, scale=None):
+    mask, is_causal = _mask(q, k, bias, key_lengths, causal)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+        mask = mask[(None,) * (4 - mask.dim())]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
+
+
+def _scores_fit(q, k, **_):
+    """Scores, masked scores and probabilities of a plain softmax."""
+    size = 3 * q.element_size() * prod(q.shape[:3]) * k.shape[2]
+    return f"its scores would take {size / 1e9:.1f} GB" if size > LARGEST else None
+
+
+def _gpu(q, **_):
+    return None if q.is_cuda else "runs on a GPU only"
+
+
+def _flash_forward(q, bias=None, **_):
+    if q.is_cuda:
+        return "runs on a CPU only"
+    return "has no derivative through the log-sum-exp" if q.requires_grad else None
+
+
+_eager("attention", _eager_attention, _scores_fit)
+_add("attention", "sdpa", _sdpa)
+_add("attention", "sdpa-flash", _sdpa_by(SDPBackend.FLASH_ATTENTION), default=False)
+_add("attention", "sdpa-math", _sdpa_by(SDPBackend.MATH), _scores_fit, default=False)
+_add("attention", "sdpa-efficient", _sdpa_by(SDPBackend.EFFICIENT_ATTENTION), _gpu, default=False)
+_add("attention", "sdpa-cudnn", _sdpa_by(SDPBackend.CUDNN_ATTENTION), _gpu, default=False)
+_eager("attention_with_lse", _eager_with_lse, _scores_fit)
+_add("attention_with_lse", "aten-flash", _flash_with_lse, _flash_forward)
+
+
+# merge_attention
+
+def _eager_merge(out_a, lse_a, out_b, lse_b):
+    lse = torch.logaddexp(lse_a, lse_b)
+    a, b = (torch.exp(part - lse).unsqueeze(-1).to(out_a.dtype) for part in (lse_a, lse_b))
+    return a * out_a + b * out_b, lse
+
+
+_eager("merge_attention", _eager_merge)

@@ -1,0 +1,72 @@
+"""The walk over a model that swaps modules by the rules, and back."""
+
+from collections import Counter
+
+import torch
+
+from .measure import measure
+from .report import Kept, Report, Swapped
+from .rules import Replaced, replacement, rule_of
+
+
+def _reason(m):
+    """(reason to leave module m, rule): (None, rule) when it can be replaced, (None, None) when no rule has a word on it."""
+    if isinstance(m, Replaced):
+        return "already replaced", None
+    rule = rule_of(type(m))
+    if rule is None:
+        known = next((r for r in map(rule_of, type(m).__mro__) if r), None)
+        return known and f"a subclass of {known.kind}: it may compute something else", None
+    return rule.why_not(m), rule
+
+
+def accelerate(model, example=None, *, show=True):
+    """Replaces in place what the rules know among the modules of `model`, leaves the rest, and reports both.
+
+    Modules stay the same objects with the same parameters, buffers, hooks and mode; only their class changes, to a subclass whose forward
+    runs `fastdiff.ops`. `restore` undoes it; copies and pickles stay accelerated.
+
+    example  a tensor, a tuple of positional or a dict of keyword inputs: the model runs on it before and after, in eval mode without
+             gradients, and the report has errors and times. When that raises, the model is left as it was
+    show     whether to print the report
+    Returns  Report: replaced, kept (with reasons) and, with an example, error, relative, time_before, time_after
+    Raises   TypeError when model is not a torch.nn.Module or example is of another kind
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"accelerate: model wants a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(example, None | torch.Tensor | tuple | dict):
+        raise TypeError(f"accelerate: example wants a tensor, a tuple or a dict of inputs, got {type(example).__name__}")
+    report, swaps, rest = Report(), [], Counter()
+    for name, m in model.named_modules():
+        why, rule = _reason(m)
+        name, kind = name or "(the model)", f"{type(m).__module__}.{type(m).__qualname__}"
+        if why:
+            report.kept.append(Kept(name, kind, why))
+        elif rule:
+            report.replaced.append(Swapped(name, kind, rule.note(m)))
+            swaps.append((m, type(m), replacement(type(m))))
+        elif next(m.children(), None) is None and not isinstance(m, torch.nn.ModuleList | torch.nn.ModuleDict):
+            rest[kind] += 1
+    report.kept += [Kept(f"{count} module{'s' * (count > 1)}", kind, "no rule") for kind, count in rest.most_common()]
+    for m, _, fast in swaps:
+        m.__class__ = fast
+    if example is not None:
+        try:
+            measure(report, model, swaps, example)
+        except BaseException:
+            for m, plain, _ in swaps:
+                m.__class__ = plain
+            raise
+    if show:
+        report.print()
+    return report
+
+
+def restore(model):
+    """Gives every module that `accelerate` replaced its own class again; returns the model."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"restore: model wants a torch.nn.Module, got {type(model).__name__}")
+    for m in model.modules():
+        if Replaced in type(m).__bases__:
+            m.__class__ = type(m).__bases__[0]
+    return model

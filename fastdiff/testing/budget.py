@@ -1,0 +1,51 @@
+"""The error budget: at most twice the error of plain PyTorch in the same dtype, and one rounding."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Error:
+    """Largest error of one tensor, and the limit it has to keep."""
+
+    tensor: str
+    error: float
+    limit: float
+
+    @property
+    def ratio(self):
+        return self.error / self.limit if self.limit else (0.0 if self.error == 0 else float("inf"))
+
+
+def error(tensor, ours, plain, exact, nearby=(), times=2):
+    """Error of `ours` against `exact` (float64), under the limit times * max|plain - exact| + eps max|exact|.
+
+    Plain PyTorch's error on one input can be nearly 0 by luck, the more so the fewer elements there are: `nearby` holds further
+    (plain, exact) of inputs that differ by a rounding, and its error is the largest of all. In float64 plain and exact are the same
+    function, so 16 times the move of `exact` between nearby inputs stands for that error.
+
+    Non-finite values must stand where `exact`, rounded to our dtype, has them. Where `exact` is finite and plain PyTorch overflows, ours
+    may do either: those elements have no limit. Raises AssertionError for another shape or dtype than the reference's.
+    """
+    assert ours.shape == exact.shape, f"{tensor} has shape {tuple(ours.shape)}, the reference's is {tuple(exact.shape)}"
+    assert ours.dtype == plain.dtype, f"{tensor} has dtype {ours.dtype}, the reference's is {plain.dtype}"
+    if not ours.numel():
+        return Error(tensor, 0.0, 0.0)
+    rounded = exact.to(ours.dtype).double()
+    value, exact = ours.double(), exact.double()
+    finite = rounded.isfinite()
+    kept = finite & plain.isfinite()
+    wrong = _largest(plain.double() - exact, kept)
+    for p, e in nearby:
+        wrong = max(wrong, _largest(16 * (e - exact) if ours.dtype == torch.float64 else p.double() - e, kept & p.isfinite() & e.isfinite()))
+    limit = times * wrong + torch.finfo(ours.dtype).eps * _largest(exact, kept)
+    same = torch.where(rounded.isnan(), value.isnan(), value == rounded)
+    if not same[~finite].all() or not value[kept].isfinite().all():
+        return Error(tensor, float("inf"), limit)
+    return Error(tensor, _largest(value - exact, kept), limit)
+
+
+def _largest(x, where):
+    kept = x[where]
+    return kept.abs().max().item() if kept.numel() else 0.0

@@ -1,0 +1,114 @@
+"""What `accelerate` keeps and `restore` gives back."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastdiff
+
+
+@pytest.fixture(params=["rin", "perceiver"])
+def case(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_keeps_everything_but_the_class(case):
+    model, inputs = case
+    modules, classes = list(model.modules()), [type(m) for m in model.modules()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    calls = []
+    model.train()
+    plain = model.eval()(*inputs)
+    model.train()
+    victims = [m for m in modules if type(m).__name__ in ("Attend", "Attention")]
+    victims[0].register_forward_hook(lambda *_: calls.append(1))
+    report = fastdiff.accelerate(model, show=False)
+    assert report.replaced and report.error is None
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert all(isinstance(m, c) for m, c in zip(modules, classes, strict=True)), "isinstance still holds"
+    assert all(m.training for m in modules)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert not calls
+    model.load_state_dict(state)
+    fast = model.eval()(*inputs)
+    assert calls
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
+    assert fastdiff.restore(model) is model
+    assert [type(m) for m in model.modules()] == classes
+    assert torch.equal(model(*inputs), plain)
+
+
+def test_copies_stay_accelerated(case):
+    model, inputs = case
+    plain = model(*inputs)
+    fastdiff.accelerate(model, show=False)
+    fast = model(*inputs)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+        assert torch.equal(other(*inputs), fast)
+        assert torch.equal(fastdiff.restore(other)(*inputs), plain)
+    assert torch.equal(model(*inputs), fast), "restoring a copy leaves the model"
+
+
+def test_pickle_in_a_new_process(perceiver, tmp_path):
+    model, inputs = perceiver
+    fastdiff.accelerate(model, show=False)
+    torch.save((model, inputs, model(*inputs)), tmp_path / "model.pt")
+    code = ("import sys, torch; model, inputs, out = torch.load(sys.argv[1], weights_only=False); assert torch.equal(model(*inputs), out); "
+            "from fastdiff.accelerate.rules import Replaced; assert any(isinstance(m, Replaced) for m in model.modules())")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
+
+
+def test_twice(case):
+    model, inputs = case
+    first = fastdiff.accelerate(model, show=False)
+    fast = model(*inputs)
+    second = fastdiff.accelerate(model, show=False)
+    assert not second.replaced
+    assert [row.name for row in second.kept if row.reason == "already replaced"] == [row.name for row in first.replaced]
+    assert torch.equal(model(*inputs), fast)
+
+
+def test_nothing_to_replace(capsys):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    before = [type(m) for m in model.modules()]
+    report = fastdiff.accelerate(model, torch.randn(5, 3))
+    assert [type(m) for m in model.modules()] == before
+    assert not report.replaced and report.error == 0.0
+    assert [(row.name, row.kind, row.reason) for row in report.kept] == [
+        ("2 modules", "torch.nn.modules.linear.Linear", "no rule"), ("1 module", "torch.nn.modules.activation.ReLU", "no rule")]
+    assert "Nothing was replaced" in capsys.readouterr().out
+
+
+def test_the_model_itself(perceiver_pytorch):
+    attention = perceiver_pytorch.perceiver_pytorch.Attention(8, heads=2, dim_head=4)
+    assert fastdiff.accelerate(attention, show=False).replaced[0].name == "(the model)"
+    assert type(fastdiff.restore(attention)) is perceiver_pytorch.perceiver_pytorch.Attention
+
+
+def test_refusals():
+    with pytest.raises(TypeError, match=r"model wants a torch\.nn\.Module, got int"):
+        fastdiff.accelerate(3)
+    with pytest.raises(TypeError, match="example wants a tensor, a tuple or a dict of inputs, got str"):
+        fastdiff.accelerate(torch.nn.ReLU(), "x")
+    with pytest.raises(TypeError, match=r"model wants a torch\.nn\.Module, got NoneType"):
+        fastdiff.restore(None)
+
+
+def test_a_failing_example_leaves_the_model(perceiver):
+    model, _ = perceiver
+    classes = [type(m) for m in model.modules()]
+    model.train()
+    with pytest.raises(RuntimeError):
+        fastdiff.accelerate(model, torch.randn(2, 9, 10, 5))
+    assert [type(m) for m in model.modules()] == classes
+    assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())

@@ -1,0 +1,250 @@
+"""The Triton kernels on a machine without a GPU: right in Triton's interpreter, and machine code of every launch row for three chips."""
+
+import concurrent.futures
+import importlib
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdiff.core import device
+from fastdiff.core.backend import FLOATS
+from fastdiff.core.contract import REGISTRY, public
+from fastdiff.core.jit import INTERPRET, power_of_two
+from fastdiff.testing import Example, properties, subjects
+
+triton = pytest.importorskip("triton")
+ATTENTION = importlib.import_module("fastdiff.ops.attention.triton")
+interpreter = pytest.mark.skipif(not INTERPRET, reason="runs in the process of test_interpreter")
+compiler = pytest.mark.skipif(bool(INTERPRET), reason="the interpreter compiles nothing")
+
+
+@compiler
+def test_interpreter():
+    """The tests below that need TRITON_INTERPRET=1 before Triton is imported."""
+    run = subprocess.run([sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"], capture_output=True, text=True,
+                         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout, run.stdout
+
+
+# In the interpreter
+
+SUBJECTS = {s.name: s for s, why in subjects("cpu", backends=("triton",)) if why is None}
+# One layout per dtype: dense, transposed heads, an odd offset.
+DRESSED = list(zip(FLOATS, ("contiguous", "heads", "offset"), strict=True))
+
+
+def _example(name, dtype, layout, values=(), **dims):
+    case = public()[name][1]
+    dims = case.sizes(**dims)
+    names = Example(case, dims, dtype, {}, {}, 3).tensors()
+    return Example(case, dims, dtype, dict.fromkeys(names, layout), dict.fromkeys(names, "normal") | dict(values), 3)
+
+
+def _row(B, H, M, N, E, bias=None, lengths=False, causal=False, scale=None):
+    return dict(B=B, H=H, M=M, N=N, E=E, bias=bias, lengths=lengths, causal=causal, scale=scale)
+
+
+EDGES = [_row(0, 2, 3, 4, 8, "shared"), _row(1, 1, 0, 5, 8, "keys"), _row(2, 1, 5, 0, 8, "full"), _row(1, 1, 1, 1, 1), _row(1, 2, 7, 1, 40)]
+SIZES = [
+    _row(1, 2, 31, 33, 40), _row(2, 1, 33, 32, 72, "full"), _row(2, 2, 32, 31, 16, "heads", lengths=True),
+    _row(1, 1, 20, 50, 261, "shared"), _row(1, 1, 17, 40, 512), _row(2, 1, 129, 65, 5, "keys", causal=True, scale=-0.5), _row(2, 2, 40, 140, 24, "one head", causal=True),
+    _row(1, 2, 33, 64, 32, causal=True, lengths=True, scale=0.37)]
+SHARED_KEYS = [_row(1, 1, 16, 300, 32), _row(1, 2, 20, 512, 40, "heads", lengths=True), _row(1, 1, 40, 400, 80, "full", causal=True)]
+SHARED_QUERIES = [_row(1, 1, 300, 16, 32), _row(1, 2, 512, 20, 40, "keys", lengths=True), _row(1, 1, 400, 130, 72, "full", causal=True)]
+
+
+@interpreter
+@pytest.mark.parametrize(("dtype", "layout"), DRESSED)
+@pytest.mark.parametrize("dims", EDGES + SIZES + SHARED_KEYS + SHARED_QUERIES)
+def test_attention(dims, dtype, layout):
+    values = {"bias": "-inf"} if dims["bias"] else {}
+    properties.gradients(SUBJECTS["attention_with_lse"], _example("attention_with_lse", dtype, layout, values, **dims))
+
+
+@interpreter
+@pytest.mark.parametrize("values", [{"bias": "-inf rows"}, {"bias": "all -inf"}, {"q": "one dominant"}, {"k": "offset 1e3"}, {"v": "tiny"}])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_attention_values(dtype, values):
+    example = _example("attention_with_lse", dtype, "heads", values, **_row(2, 1, 33, 150, 40, "full"))
+    properties.gradients(SUBJECTS["attention_with_lse"], example)
+
+
+@interpreter
+@pytest.mark.parametrize("dims", [SIZES[2], SHARED_KEYS[1], SHARED_QUERIES[1]])
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
+def test_attention_memory(dims, layout):
+    """Strides that are copied, overlap or have gaps; every output element is written, nothing else is, and runs agree to the bit."""
+    example = _example("attention_with_lse", torch.bfloat16, layout, **dims)
+    for check in (properties.gradients, properties.written, properties.unharmed, properties.repeatable):
+        check(SUBJECTS["attention_with_lse"], example)
+
+
+def _splits(dims):
+    """Programs that share the loop of one block: in the forward, for dq, for dk and dv."""
+    q = torch.empty(dims["B"], dims["H"], dims["M"], dims["E"])
+    by_query, by_key = ATTENTION._backward_plan(q, dims["N"])
+    return ATTENTION._forward_plan(q, dims["N"])[1], by_query[1], by_key[1]
+
+
+@interpreter
+def test_plans():
+    """The sizes above take every plan."""
+    for dims in SHARED_KEYS:
+        forward, query, _ = _splits(dims)
+        assert forward > 1 and query > 1, dims
+    for dims in SHARED_QUERIES:
+        assert _splits(dims)[2] > 1, dims
+    assert all(_splits(dims) == (1, 1, 1) for dims in EDGES)
+
+
+@interpreter
+@pytest.mark.parametrize("name", ["patchify", "unpatchify"])
+@pytest.mark.parametrize("grid", [(3, 5), (1, 1), (0, 2), (7,), (32,), (2, 3, 4), (1, 31, 2), (11, 13)])
+@pytest.mark.parametrize("order", ["pqc", "cpq"])
+def test_patches(name, grid, order):
+    for (dtype, layout), C, square in zip(DRESSED, (3, 1, 0), (True, False, True), strict=True):
+        for strides in (layout, "transposed", "expanded"):
+            properties.gradients(SUBJECTS[name], _example(name, dtype, strides, B=2, C=C, grid=grid, patch=3, order=order, square=square))
+
+
+@interpreter
+@pytest.mark.parametrize(("dtype", "layout"), DRESSED)
+@pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (1, 1, 1, 1), (2, 3, 33, 40), (1, 2, 0, 8), (1, 1, 129, 261)])
+@pytest.mark.parametrize("mask", ["normal", "-inf"])
+def test_merge(sizes, dtype, layout, mask):
+    example = _example("merge_attention", dtype, layout, {"lse_a": mask, "lse_b": mask}, **dict(zip("BHME", sizes, strict=True)))
+    properties.values(SUBJECTS["merge_attention"], example)
+    properties.written(SUBJECTS["merge_attention"], example)
+
+
+# Compiled
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program can have, by architecture
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+
+
+def _specialized(value, path, constants, attributes):
+    """Triton's type of an argument, as a launch would specialise it."""
+    if isinstance(value, tuple):
+        return tuple(_specialized(v, (*path, i), constants, attributes) for i, v in enumerate(value))
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, float):
+        return "fp32"
+    if (value.data_ptr() if isinstance(value, torch.Tensor) else value) % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, torch.Tensor):
+        return "*" + NAMES[value.dtype]
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _job(kernel, args, settings):
+    """A launch as (module, kernel, signature, constants, attributes, options): what compiles it in another process."""
+    options = {name: value for name, value in settings.items() if name not in kernel.arg_names}
+    given = dict(zip(kernel.arg_names, args, strict=False)) | {name: value for name, value in settings.items() if name not in options}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        else:
+            signature[parameter.name] = _specialized(value, (i,), constants, attributes)
+    return kernel.fn.__module__, kernel.fn.__name__, signature, constants, attributes, options
+
+
+def _launched(monkeypatch, architecture, calls):
+    """Jobs of all kernels that these calls, (contract, args), would launch on a GPU of that architecture."""
+    jobs = {}
+
+    def record(kernel, *args, grid, warmup, **settings):
+        job = _job(kernel, args, settings)
+        jobs[repr(job)] = job
+
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", record)
+    monkeypatch.setattr(device, "architecture", lambda _: architecture)
+    for contract, args in calls:
+        outs = contract.outputs(*args)
+        row = next(b for b in contract.backends if b.name == "triton")
+        row.run(args, outs if isinstance(outs, tuple) else (outs,))
+    return list(jobs.values())
+
+
+def _calls(dtype, architecture):
+    """Calls that take every launch row with every branch of its kernels; some with fewer branches or odd sizes in one dtype, on one chip."""
+    def made(*shape):
+        return torch.empty(shape, dtype=dtype)
+
+    limits = {size or ATTENTION.LARGEST for rows in ATTENTION.LAUNCH.values() for _, size, _ in rows[dtype.itemsize]}
+    rows = [(1, 2, 512, 4096, E, True) for E in sorted(limits)]
+    if dtype == torch.bfloat16 and architecture == 90:
+        rows += [(16, 16, 1024, 1024, E, False) for E in (40, 64, 72, 144, 261)] + [(1, 4, 4, 4096, 64, True), (1, 4, 4096, 77, 40, False)]
+    for B, H, M, N, E, masked in rows:
+        q, k, v = made(B, M, H, E).transpose(1, 2), made(B, N, H, E).transpose(1, 2), made(B, N, H, E).transpose(1, 2)
+        bias, lengths = (made(1, H, M, N), torch.full((B,), N)) if masked else (None, None)
+        lse = torch.empty(B, H, M)
+        yield REGISTRY["attention"], (q, k, v, bias, lengths, masked, None)
+        yield REGISTRY["attention_backward"], (q, lse if masked else None, q, k, v, bias, lengths, q, lse, lse, masked, None, masked)
+    yield REGISTRY["merge_attention"], (made(2, 4, 256, 64), torch.empty(2, 4, 256), made(2, 4, 256, 64), torch.empty(2, 4, 256))
+    for order in ("pqc", "cpq"):
+        yield REGISTRY["patchify"], (made(2, 3, 64, 64), [8, 8], order)
+        yield REGISTRY["unpatchify"], (made(2, 64, 192), [8, 8], [8, 8], order)
+
+
+def _compile(job, architecture):
+    """(shared memory in bytes, registers of a thread, bytes of a thread's stack), the last 0 unless registers spill."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name, signature, constants, attributes, options = job
+    kernel = getattr(importlib.import_module(module), name)
+    made = triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", architecture, 32), options=options)
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        tool = shutil.which("cuobjdump") or str(bundled)
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = dict(field.split(":") for field in text.split() if field.count(":") == 1 and field.split(":")[1].isdigit())
+    return made.metadata.shared, int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+
+
+def _text(job):
+    """A line's worth of what was compiled."""
+    _, name, signature, constants, _, options = job
+    names = {path[0]: value for path, value in constants.items() if len(path) == 1}
+    shown = {key: names[i] for i, key in enumerate(signature) if key.isupper() and i in names}
+    dtype = next(kind for kind in signature.values() if isinstance(kind, str) and kind.startswith("*"))[1:]
+    return f"{name:18} {dtype} {' '.join(f'{k}={v}' for k, v in shown.items() if v)} warps={options['num_warps']}"
+
+
+@compiler
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_compile(architecture, monkeypatch):
+    """Every kernel, dtype and launch row becomes machine code without a spill, within the chip's shared memory. -s prints a table."""
+    jobs = [job for dtype in FLOATS for job in _launched(monkeypatch, architecture, _calls(dtype, architecture))]
+    monkeypatch.undo()
+    with concurrent.futures.ProcessPoolExecutor(min(8, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
+        made = list(pool.map(_compile, jobs, [architecture] * len(jobs)))
+    wrong = []
+    print(f"\nsm_{architecture}  shared  registers  spilled")
+    for job, (shared, registers, stack) in zip(jobs, made, strict=True):
+        line = f"{shared:13} {registers:10} {stack:8}  {_text(job)}"
+        print(line)
+        if stack or shared > SHARED_MEMORY[architecture]:
+            wrong.append(line)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_sizes_are_cut():
+    for E in range(1, ATTENTION.LARGEST + 1):
+        first, second = ATTENTION._cut(E)
+        assert E <= first + second <= power_of_two(E, least=16) and all(x == power_of_two(x) for x in (first, second) if x)
