@@ -1,8 +1,8 @@
 """Builds the native libraries with CMake and packs them into one py3-none wheel; metadata is in pyproject.toml.
 
 Knobs: MAX_JOBS (parallel compilations), TORCH_CUDA_ARCH_LIST (as for torch extensions), FASTDIFF_CUDA=0|1 (never | required; unset builds
-the CUDA library where nvcc is found), FASTDIFF_WERROR=1 (our own warnings are errors). Without torch, compiler or nvcc the install succeeds;
-fastdiff/_native/build.json keeps the reason and `python -m fastdiff info` shows it.
+the CUDA library where nvcc is found), FASTDIFF_WERROR=1 (our own warnings are errors). Without torch, compiler or nvcc the install
+succeeds; fastdiff/_native/build.json keeps the reason and `python -m fastdiff info` shows it.
 """
 
 import importlib.util

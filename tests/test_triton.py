@@ -55,8 +55,8 @@ def _row(B, H, M, N, E, bias=None, lengths=False, causal=False, scale=None):
 EDGES = [_row(0, 2, 3, 4, 8, "shared"), _row(1, 1, 0, 5, 8, "keys"), _row(2, 1, 5, 0, 8, "full"), _row(1, 1, 1, 1, 1), _row(1, 2, 7, 1, 40)]
 SIZES = [
     _row(1, 2, 31, 33, 40), _row(2, 1, 33, 32, 72, "full"), _row(2, 2, 32, 31, 16, "heads", lengths=True),
-    _row(1, 1, 20, 50, 261, "shared"), _row(1, 1, 17, 40, 512), _row(2, 1, 129, 65, 5, "keys", causal=True, scale=-0.5), _row(2, 2, 40, 140, 24, "one head", causal=True),
-    _row(1, 2, 33, 64, 32, causal=True, lengths=True, scale=0.37)]
+    _row(1, 1, 20, 50, 261, "shared"), _row(1, 1, 17, 40, 512), _row(2, 1, 129, 65, 5, "keys", causal=True, scale=-0.5),
+    _row(2, 2, 40, 140, 24, "one head", causal=True), _row(1, 2, 33, 64, 32, causal=True, lengths=True, scale=0.37)]
 SHARED_KEYS = [_row(1, 1, 16, 300, 32), _row(1, 2, 20, 512, 40, "heads", lengths=True), _row(1, 1, 40, 400, 80, "full", causal=True)]
 SHARED_QUERIES = [_row(1, 1, 300, 16, 32), _row(1, 2, 512, 20, 40, "keys", lengths=True), _row(1, 1, 400, 130, 72, "full", causal=True)]
 
@@ -78,7 +78,7 @@ def test_attention_values(dtype, values):
 
 
 @interpreter
-@pytest.mark.parametrize("dims", [SIZES[2], SHARED_KEYS[1], SHARED_QUERIES[1]])
+@pytest.mark.parametrize("dims", [SIZES[2], SHARED_KEYS[0], SHARED_QUERIES[0]])
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
 def test_attention_memory(dims, layout):
     """Strides that are copied, overlap or have gaps; every output element is written, nothing else is, and runs agree to the bit."""
@@ -179,14 +179,16 @@ def _launched(monkeypatch, architecture, calls):
 
 
 def _calls(dtype, architecture):
-    """Calls that take every launch row with every branch of its kernels; some with fewer branches or odd sizes in one dtype, on one chip."""
+    """Calls that take every launch row with every branch of its kernels; on sm_90 also odd sizes, and few queries or keys."""
+
     def made(*shape):
         return torch.empty(shape, dtype=dtype)
 
     limits = {size or ATTENTION.LARGEST for rows in ATTENTION.LAUNCH.values() for _, size, _ in rows[dtype.itemsize]}
     rows = [(1, 2, 512, 4096, E, True) for E in sorted(limits)]
-    if dtype == torch.bfloat16 and architecture == 90:
-        rows += [(16, 16, 1024, 1024, E, False) for E in (40, 64, 72, 144, 261)] + [(1, 4, 4, 4096, 64, True), (1, 4, 4096, 77, 40, False)]
+    if architecture == 90 and dtype != torch.float16:
+        rows += [(16, 16, 1024, 1024, 40, False), (16, 16, 1024, 1024, 72, False), (1, 4, 4, 4096, 64, True), (1, 4, 4096, 77, 40, False)]
+        rows += [(1, 1, 512, 4096, 144, True), (1, 1, 512, 4096, 261, True)]
     for B, H, M, N, E, masked in rows:
         q, k, v = made(B, M, H, E).transpose(1, 2), made(B, N, H, E).transpose(1, 2), made(B, N, H, E).transpose(1, 2)
         bias, lengths = (made(1, H, M, N), torch.full((B,), N)) if masked else (None, None)
@@ -229,8 +231,12 @@ def _text(job):
 @compiler
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_compile(architecture, monkeypatch):
-    """Every kernel, dtype and launch row becomes machine code without a spill, within the chip's shared memory. -s prints a table."""
-    jobs = [job for dtype in FLOATS for job in _launched(monkeypatch, architecture, _calls(dtype, architecture))]
+    """Every kernel and launch row becomes machine code without a spill, within the chip's shared memory. -s prints a table.
+
+    float16 on sm_90 alone: its code is bfloat16's with another instruction.
+    """
+    dtypes = FLOATS if architecture == 90 else FLOATS[:2]
+    jobs = [job for dtype in dtypes for job in _launched(monkeypatch, architecture, _calls(dtype, architecture))]
     monkeypatch.undo()
     with concurrent.futures.ProcessPoolExecutor(min(8, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
         made = list(pool.map(_compile, jobs, [architecture] * len(jobs)))

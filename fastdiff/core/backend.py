@@ -12,6 +12,10 @@ from . import jit, native
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to compute a contract.
@@ -37,7 +41,7 @@ class Backend:
         if self.unavailable:
             return self.unavailable
         if self.dtypes is not None and x.dtype not in self.dtypes:
-            return f"takes {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, the tensors are {str(x.dtype).removeprefix('torch.')}"
+            return f"takes {', '.join(map(_name, self.dtypes))}, the tensors are {_name(x.dtype)}"
         return self.refuse(*args) if self.refuse else None
 
 
@@ -113,7 +117,8 @@ def choose(op, backends, args):
 def refusals(backends, args):
     """(backend, reason) of every backend that would not run this call."""
     forced = FORCED.name
-    rows = [(b.name, b.why_not(args) or (f"use_backend({forced!r}) is in force" if forced not in (None, b.name) else None)) for b in backends]
-    if forced is not None and forced not in dict(rows):
-        rows.append((forced, "this op has no such backend"))
-    return [(name, why) for name, why in rows if why]
+    reasons = {b.name: b.why_not(args) for b in backends}
+    if forced is not None:
+        reasons = {name: why or (None if name == forced else f"use_backend({forced!r}) is in force") for name, why in reasons.items()}
+        reasons.setdefault(forced, "this op has no such backend")
+    return [(name, why) for name, why in reasons.items() if why]

@@ -49,7 +49,8 @@ class Contract:
         self._backward, self._entry = None, entry and _entry(entry)
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
-        self._tensors = tuple((i, a.name, "Optional" in str(a.type)) for i, a in enumerate(self.op._schema.arguments) if "Tensor" in str(a.type))
+        kinds = [(i, a.name, str(a.type)) for i, a in enumerate(self.op._schema.arguments)]
+        self._tensors = tuple((i, name, "Optional" in kind) for i, name, kind in kinds if "Tensor" in kind)
         self._required = tuple(i for i, _, optional in self._tensors if not optional)
         _LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
         _LIBRARY.impl(self.name, self._autograd, "Autograd", with_keyset=True)
@@ -190,8 +191,8 @@ def contract(schema, *, outputs, reference, backends=(), module, values=None, au
 
     outputs(*args): refuses bad input and allocates the results (real or fake). values(*args): refuses bad values, on real tensors alone.
     reference(*args): the meaning. backends: rows in order of preference (None is skipped); the reference is appended as the last.
-    module: the op folder's package name. autocast: cast as autocast casts matrix products. entry: the native eager entry's name, if there is one
-    (Contract.eager).
+    module: the op folder's package name. autocast: cast as autocast casts matrix products. entry: name of the native eager entry, if
+    there is one (Contract.eager).
     """
     made = Contract(schema, outputs, values, reference, tuple(b for b in backends if b), module, autocast, entry)
     REGISTRY[made.name] = made

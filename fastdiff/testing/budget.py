@@ -22,23 +22,24 @@ def error(tensor, ours, plain, exact, nearby=(), times=2):
     """Error of `ours` against `exact` (float64), under the limit times * max|plain - exact| + eps max|exact|.
 
     Plain PyTorch's error on one input can be nearly 0 by luck, the more so the fewer elements there are: `nearby` holds further
-    (plain, exact) of inputs that differ by a rounding, and its error is the largest of all. In float64 plain and exact are the same
-    function, so 16 times the move of `exact` between nearby inputs stands for that error.
+    (plain, exact) of inputs that differ by a rounding, and its error is the largest of all. In float64 plain and exact would be the same
+    function: there `plain` is float32's, and 16 times its error, scaled to float64's eps, counts.
 
     Non-finite values must stand where `exact`, rounded to our dtype, has them. Where `exact` is finite and plain PyTorch overflows, ours
     may do either: those elements have no limit. Raises AssertionError for another shape or dtype than the reference's.
     """
     assert ours.shape == exact.shape, f"{tensor} has shape {tuple(ours.shape)}, the reference's is {tuple(exact.shape)}"
-    assert ours.dtype == plain.dtype, f"{tensor} has dtype {ours.dtype}, the reference's is {plain.dtype}"
+    wide = ours.dtype == exact.dtype
+    assert wide or ours.dtype == plain.dtype, f"{tensor} has dtype {ours.dtype}, the reference's is {plain.dtype}"
     if not ours.numel():
         return Error(tensor, 0.0, 0.0)
     rounded = exact.to(ours.dtype).double()
     value, exact = ours.double(), exact.double()
     finite = rounded.isfinite()
     kept = finite & plain.isfinite()
-    wrong = _largest(plain.double() - exact, kept)
-    for p, e in nearby:
-        wrong = max(wrong, _largest(16 * (e - exact) if ours.dtype == torch.float64 else p.double() - e, kept & p.isfinite() & e.isfinite()))
+    wrong = max(_largest(p.double() - e, kept & p.isfinite() & e.isfinite()) for p, e in ((plain, exact), *nearby))
+    if wide:
+        wrong *= 16 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     limit = times * wrong + torch.finfo(ours.dtype).eps * _largest(exact, kept)
     same = torch.where(rounded.isnan(), value.isnan(), value == rounded)
     if not same[~finite].all() or not value[kept].isfinite().all():

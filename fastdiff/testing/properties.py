@@ -17,7 +17,6 @@ from .malformed import certain, raised
 from .poison import guarded, patched, recorded
 from .strategies import DTYPES, batch_axis, contiguous, lay_out
 
-
 # The budget of 2 is for forward and backward passes. Derivatives beyond are written in plain PyTorch, in an order of our own, that may
 # round a few times more than autograd's; a wrong formula is still far outside.
 HIGHER = 32
@@ -189,9 +188,10 @@ def _within(subject, example, way, *, meant=None, function=None, times=2):
     """The errors of our function run in this way, each within its budget."""
     with subject.forced():
         ours = way(function or subject.function, example)
+    plain_dtype = torch.float32 if example.dtype == torch.float64 else None
 
     def both(e):
-        return tuple((meant or way)(subject.meaning, e, dtype) for dtype in (None, torch.float64))
+        return tuple((meant or way)(subject.meaning, e, dtype) for dtype in (plain_dtype, torch.float64))
 
     plain, exact = both(example)
     errors = [error(name, ours[name], plain[name], exact[name], times=times) for name in exact]

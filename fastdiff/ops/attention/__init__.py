@@ -2,6 +2,7 @@
 
 import torch
 
+from ...core import native
 from ...core.backend import cpu
 from ...core.check import dims, fail, tensor
 from ...core.contract import contract
@@ -57,16 +58,23 @@ def _check_lengths(q, k, key_lengths):
             fail("attention", f"key_lengths wants values in [0, N = {N}], got [{low}, {high}]")
 
 
+def _cpu_plan(q, k, backward):
+    queries, rows, keys, chunk, query_block, key_block = native.op("cpu", "attention_plan")(*q.shape[:3], *k.shape[2:], backward)
+    side = "neither side is split" if queries == keys == 1 else (
+        f"queries in {queries} pieces of {rows}, keys in {keys} of {chunk}{', merged in order' if backward or keys > 1 else ''}")
+    return f"{q.shape[0] * q.shape[1] * queries * keys} work items: {side}; scores in blocks of {query_block} x {key_block}"
+
+
 ATTENTION = contract(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, bool causal, float? scale) -> (Tensor, Tensor, Tensor)",
     outputs=_outputs, values=lambda q, k, v, bias, key_lengths, *_: _check_lengths(q, k, key_lengths), reference=reference.attention,
-    backends=(triton.FORWARD, cpu("attention")), module=__name__, autocast=True,
+    backends=(triton.FORWARD, cpu("attention", plan=lambda q, k, *_: _cpu_plan(q, k, False))), module=__name__, autocast=True,
     entry="attention_eager")
 BACKWARD = contract(
-    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, Tensor out, Tensor lse, "
-    "Tensor lse_low, bool causal, float? scale, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
-    outputs=_backward_outputs, reference=reference.attention_backward, backends=(triton.BACKWARD, cpu("attention_backward")),
-    module=__name__)
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, Tensor out, "
+    "Tensor lse, Tensor lse_low, bool causal, float? scale, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    outputs=_backward_outputs, reference=reference.attention_backward, module=__name__,
+    backends=(triton.BACKWARD, cpu("attention_backward", plan=lambda dout, dlse, q, k, *_: _cpu_plan(q, k, True))))
 
 
 def _save(ctx, args, outs):
@@ -148,7 +156,7 @@ def attention(q, k, v, *, bias=None, key_lengths=None, causal=False, scale=None)
     """Softmax attention per head: out = softmax(scale q k^T + bias) v.
 
     Shapes   q (B, H, M, E); k, v (B, H, N, E); any strides, transposed (B, S, H, E) memory is read in place -> out (B, H, M, E) in q's
-             memory order; bias broadcastable to (B, H, M, N), -inf hides a key; key_lengths (B,) int64 in [0, N] hides the keys from there on
+             memory order; bias broadcastable to (B, H, M, N), -inf hides a key; key_lengths (B,) int64 in [0, N] hides keys from there on
     Options  causal: query m sees keys n <= m + N - M (the last query is aligned with the last key); scale: 1 / sqrt(E) unless given
     Dtypes   float32, float16, bfloat16, float64; all equal; computed in float32 (float64 in the reference). A query that sees no key gets 0
     Grads    q, k, v, bias; first order by kernels that recompute the scores, higher orders and forward mode through the reference

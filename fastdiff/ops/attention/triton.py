@@ -31,7 +31,7 @@ LAUNCH = {
     },
     "query gradients": {
         2: _table((0, {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2), 320: (32, 32, 8, 2), None: (32, 16, 8, 2)})),
-        4: _table((0, {128: (32, 32, 8, 2), None: (16, 16, 8, 2)})),
+        4: _table((0, {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), None: (16, 16, 8, 2)})),
     },
     "key gradients": {
         2: _table((0, {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (64, 32, 8, 2), 320: (32, 32, 8, 2), None: (32, 16, 8, 1)})),
@@ -462,9 +462,9 @@ def _mask_arguments(bias, key_lengths, shape):
     return strides, 0 if key_lengths is None else key_lengths.stride(0)
 
 
-def _scales(q, scale):
+def _scales(E, scale):
     """scale, and scale log2(e) as the sum of two floats."""
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = E**-0.5 if scale is None else float(scale)
     exact = scale * math.log2(math.e)
     high = struct.unpack("f", struct.pack("f", exact))[0]
     return scale, (high, exact - high)
@@ -489,7 +489,7 @@ def _run_forward(args, outs):
     q, k, v = aligned(q), aligned(k), aligned(v)
     (unit, strides), (out_unit, (out_strides,)) = _in_units(q, k, v), _in_units(parts)
     _forward[(B * H * splits * cdiv(M, chosen["BLOCK_M"]),)](
-        q, k, v, bias, key_lengths, parts, *sums, _scales(q, scale)[1], B, H, M, N, splits, per, *strides, bias_strides, lengths_stride,
+        q, k, v, bias, key_lengths, parts, *sums, _scales(E, scale)[1], B, H, M, N, splits, per, *strides, bias_strides, lengths_stride,
         out_strides, SHARED=splits > 1, CAUSAL=causal, MASK=causal or key_lengths is not None or N % chosen["BLOCK_N"] != 0, UNIT=unit,
         OUT_UNIT=out_unit, E=E, **_columns(q, E), **chosen, **OPTIONS)
     if splits > 1:
@@ -529,13 +529,13 @@ def _run_backward(args, outs):
             dout, out, lse.contiguous(), lse_low.contiguous(), dlse, stats, B, H, M, strides[0], out_strides, dlse_strides, **columns,
             **STATISTICS, **OPTIONS)
         _query_gradients[(B * H * query_splits * cdiv(M, by_query["BLOCK_M"]),)](
-            *tensors, dq_parts, ds, *_scales(q, scale), B, H, M, N, query_splits, keys, *strides, dq_strides, CAUSAL=causal,
+            *tensors, dq_parts, ds, *_scales(E, scale), B, H, M, N, query_splits, keys, *strides, dq_strides, CAUSAL=causal,
             MASK=hidden or N % by_query["BLOCK_N"] != 0, OUT_UNIT=grad_unit, E=E, **columns, **by_query, **OPTIONS)
         if query_splits > 1:
             _by_rows(_sum, dq, dq_parts, dq, B, H, M, query_splits, dq.stride()[:3])
     if B * H * N:
         _key_gradients[(B * H * key_splits * cdiv(N, by_key["BLOCK_N"]),)](
-            *tensors, dk_parts, dv_parts, *_scales(q, scale), B, H, M, N, key_splits, queries, *strides, dk_strides, dv_strides,
+            *tensors, dk_parts, dv_parts, *_scales(E, scale), B, H, M, N, key_splits, queries, *strides, dk_strides, dv_strides,
             CAUSAL=causal, MASK=hidden, OUT_UNIT=grad_unit, E=E, **columns, **by_key, **OPTIONS)
         if key_splits > 1:
             for parts, y in ((dk_parts, dk), (dv_parts, dv)):

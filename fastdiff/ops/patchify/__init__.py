@@ -16,7 +16,7 @@ def _patchify_outputs(x, patch, order):
     dims(op, x=(x, _LAYOUTS[len(patch)]))
     for axis, (size, p) in enumerate(zip(x.shape[2:], patch, strict=True)):
         if size % p:
-            fail(op, f"patch wants divisors of the image size {tuple(x.shape[2:])}, got {tuple(patch)}: {size} % {p} != 0 on axis {axis + 2}")
+            fail(op, f"patch wants divisors of the image size {tuple(x.shape[2:])}, got {tuple(patch)}: {size} % {p} on axis {axis + 2}")
     tokens = prod(size // p for size, p in zip(x.shape[2:], patch, strict=True))
     return x.new_empty((x.shape[0], tokens, prod(patch) * x.shape[1]))
 
