@@ -10,7 +10,7 @@ import fastdiff  # noqa: F401  registers the ops
 from fastdiff.testing.check import LIMIT, run
 from fastdiff.testing.properties import PROPERTIES, dtypes, subjects
 
-EXAMPLES, DEEP = 16, 200
+EXAMPLES, DEEP = 10, 200
 # The Triton interpreter takes about a second where a kernel takes none.
 INTERPRETED_EXAMPLES, INTERPRETED_LIMIT = 4, 1 << 10
 

@@ -131,10 +131,11 @@ inline float reduce(f32 v, Op op) {
 inline float reduce_max(f32 v) { return reduce(v, [](f32 a, f32 b) { return max(a, b); }); }
 inline float reduce_add(f32 v) { return reduce(v, [](f32 a, f32 b) { return a + b; }); }
 
-// 2^x for x < 128, correct to 1 ulp; 0 below -126.5; NaN stays. x is split into the nearest integer and a remainder in [-1/2, 1/2]; the
-// remainder's power is the minimax polynomial of degree 6 (relative error 2e-9), the integer goes into the exponent. Adding 1.5 * 2^23
-// rounds to the integer and leaves it in the low bits.
-inline f32 exp2(f32 x) {
+// e^x for x < 88; 0 below -87.7; NaN stays. Relative error 1e-7 (1 + |x| / 2). x log2(e) is split into the nearest integer and a remainder in
+// [-1/2, 1/2]; the remainder's power of 2 is the minimax polynomial of degree 6 (relative error 2e-9), the integer goes into the exponent.
+// Adding 1.5 * 2^23 rounds to the integer and leaves it in the low bits.
+inline f32 exp(f32 x) {
+  x *= 0x1.715476p+0f;
   x = x < -127.0f ? splat(-127.0f) : x;
   const f32 shifted = x + 0x1.8p23f, r = x - (shifted - 0x1.8p23f);
   f32 p = r * 0x1.41d334p-13f + 0x1.5f456ap-10f;

@@ -87,5 +87,5 @@ class Call:
         def cut(x):
             return x.detach().narrow(axis, i, 1).requires_grad_(x.requires_grad)
 
-        arguments = {name: cut(x) if name in names else x for name, x in self.arguments.items()}
+        arguments = {name: cut(x) if name in names and isinstance(x, torch.Tensor) else x for name, x in self.arguments.items()}
         return Call(arguments, self.dout and tuple(cut(d) for d in self.dout))

@@ -44,7 +44,7 @@ def ceilings(device, dtypes, quick=False):
     """Ceilings of `device` at torch's present number of threads, measured once per process and dtype."""
     known = MEASURED.get((device, torch.get_num_threads())) or Ceilings(device, torch.get_num_threads())
     if not {"float32", *dtypes} <= set(known.gemm_GFs):
-        known.measure(dtypes, 0.1 if quick else 0.5)
+        known.measure(dtypes, 0.2 if quick else 0.5)
     return known
 
 
@@ -117,11 +117,11 @@ def gemm_GFs(dtype, device, seconds=0.5):
     dtype = getattr(torch, dtype)
     rate = 0.0
     for n in (256, 512, 1024, 2048) if device == "cpu" else (2048, 8192):
-        if rate and 3 * 2 * n**3 / rate > 4 * seconds:
+        if rate and 2 * n**3 / rate > 2 * seconds:
             break
         a, b, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
         torch.mm(a, b, out=out)
-        rate = max(rate, 2 * n**3 / _best(lambda i, a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds / 4))
+        rate = max(rate, 2 * n**3 / _best(lambda i, a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds))
     return rate / 1e9
 
 

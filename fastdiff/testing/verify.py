@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..core.contract import public
 from .check import LIMIT, run
@@ -44,7 +44,7 @@ def main(argv=None):
         parser.error(f"unknown op {', '.join(sorted(unknown))}; there are {', '.join(sorted(public()))}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 180)
     return _malformed(options, console) if options.malformed else _properties(options, console)
 
 
@@ -99,7 +99,8 @@ def _properties(options, console):
 
 
 def _errors(plan, results):
-    table = Table("op", "backend", "dtype", "pass", "examples", "worst error / limit", "input that came worst", title="errors")
+    table = Table(*(Column(name, no_wrap=True) for name in ("op", "backend", "dtype", "pass", "examples", "worst error / limit")),
+                  "input that came worst", title="errors")
     for (subject, p, takes), result in zip(plan, results, strict=True):
         if p.check not in (values, gradients):
             continue
@@ -121,7 +122,7 @@ def _holds(plan, results):
     table = Table("property", title="examples that hold")
     columns = list(dict.fromkeys((s.name, s.backend) for s, _, _ in plan))
     for name, backend in columns:
-        table.add_column(f"{name}\n{backend}", justify="right")
+        table.add_column(f"{name}\n{backend}", justify="right", no_wrap=True)
     for name in names:
         cells = []
         for column in columns:

@@ -23,7 +23,7 @@ struct Layout {
   }
 };
 
-// Three floats of each query: its log-sum-exp in log2 units in two floats (+inf where it sees no key, so that every probability is 0), and
+// Three floats of each query: its log-sum-exp in two floats (+inf where it sees no key, so that every probability is 0), and
 // what the softmax takes off its row of dP: sum(dout * out) - dlse. That sum runs over E in one chain as dP's products do, so that a query
 // that sees one key alone gets a gradient of exactly 0. kLanes queries at a time, transposed into `x` and `y`.
 void row_stats(const Problem& p, const BackwardIn& in, const Item& item, float* x, float* y, float* stats) {
@@ -36,10 +36,8 @@ void row_stats(const Problem& p, const BackwardIn& in, const Item& item, float* 
     f32 sum = {};
     for (int64_t e = 0; e < p.E; ++e) sum += load(x + e * kLanes) * load(y + e * kLanes);
     for (int64_t i = 0; i < n; ++i, stats += 3) {
-      const double lse = (static_cast<double>(in.lse[first + i]) + in.lse_low[first + i]) * kLog2e;
-      stats[0] = lse == -kInf ? kInf : static_cast<float>(lse);
-      const float low = static_cast<float>(lse - stats[0]);
-      stats[1] = __builtin_isfinite(low) ? low : 0.0f;
+      stats[0] = in.lse[first + i] == -kInf ? kInf : in.lse[first + i];
+      stats[1] = in.lse_low[first + i];
       stats[2] = sum[i] - (in.dlse ? in.dlse[first + i] : 0.0f);
     }
   }
@@ -49,7 +47,7 @@ void row_stats(const Problem& p, const BackwardIn& in, const Item& item, float* 
 inline void probabilities(float* s, float* ds, int64_t width, const float* stats) {
   const float lse = stats[0], lse_low = stats[1], taken = stats[2];
   for (int64_t j = 0; j < width; j += kLanes) {
-    const f32 e = exp2((load(s + j) - lse) - lse_low);
+    const f32 e = exp((load(s + j) - lse) - lse_low);
     store(s + j, e);
     store(ds + j, e * (load(ds + j) - taken));
   }
@@ -109,7 +107,7 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
       const bool hidden = p.seen(item.b, m + n - 1) <= n0;
       if (!hidden) {
         typed(p.type, [&]<class T>() {
-          pack_rows(n, p.E, row<T>(p.q, item.b, item.h, m), p.q.s, score_scale(p), q);
+          pack_rows(n, p.E, row<T>(p.q, item.b, item.h, m), p.q.s, p.scale, q);
           pack_rows(n, p.E, row<T>(in.dout, item.b, item.h, m), in.dout.s, 1.0f, dout);
         });
         gemm<A::rows, false>(n, vectors(visible), p.E, q, w, {kt, 0}, s, stride);
@@ -127,7 +125,6 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
           keep_dbias(p, o, item, m + i, n0, keys, line);
         }
     }
-    scale_rows(dk, keys * w, static_cast<float>(kLn2));  // q is in log2 units
     if (own_k) {
       keep(p, o.dk, item, n0, keys, dk, w, 1.0f);
       keep(p, o.dv, item, n0, keys, dv, w, 1.0f);

@@ -8,7 +8,6 @@ namespace fastdiff::attention::FASTDIFF_ISA {
 
 using namespace fastdiff::FASTDIFF_ISA;
 
-constexpr double kLog2e = 0x1.71547652b82fep+0, kLn2 = 0x1.62e42fefa39efp-1;
 constexpr float kInf = __builtin_inff();
 
 // f<T>() with T the storage type.
@@ -29,9 +28,6 @@ inline T* row(const View& x, int64_t b, int64_t h, int64_t s) {
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Queries carry the scale and log2(e), in forward and backward alike: their scores, in log2 units, are the same bits.
-inline float score_scale(const Problem& p) { return static_cast<float>(p.scale * kLog2e); }
-
 // Row stride of a block of scores: whole vectors and one more, so that rows do not fall onto the same cache sets.
 inline int64_t score_stride(const Plan& plan) { return padded(plan.key_block) + kLanes; }
 
@@ -39,11 +35,11 @@ template <class T>
 void add_bias(const T* bias, int64_t step, int64_t n, float* s) {
   int64_t j = 0;
   if (step == 1)
-    for (; j + kLanes <= n; j += kLanes) store(s + j, load(s + j) + load(bias + j) * static_cast<float>(kLog2e));
-  for (; j < n; ++j) s[j] += load_one(bias + j * step) * static_cast<float>(kLog2e);
+    for (; j + kLanes <= n; j += kLanes) store(s + j, load(s + j) + load(bias + j));
+  for (; j < n; ++j) s[j] += load_one(bias + j * step);
 }
 
-// Adds bias (in log2 units) to a block of scores of queries [m0, m0 + rows), keys [n0, n0 + keys), and puts -inf where a query may not
+// Adds bias to a block of scores of queries [m0, m0 + rows), keys [n0, n0 + keys), and puts -inf where a query may not
 // see a key and into the padding of the last vector.
 inline void mask(const Problem& p, const Item& item, int64_t m0, int64_t rows, int64_t n0, int64_t keys, float* s, int64_t stride) {
   const int64_t width = padded(keys);

@@ -22,26 +22,26 @@ inline void online_softmax(float* s, int64_t width, float* stats, float* out, in
   f32 top = load(s);
   for (int64_t j = kLanes; j < width; j += kLanes) top = max(top, load(s + j));
   const float before = stats[0], highest = reduce_max(top), now = before > highest ? before : highest;
-  const float base = now == -kInf ? 0.0f : now;  // no key yet: every power below is 2^-inf = 0
+  const float base = now == -kInf ? 0.0f : now;  // no key yet: every power below is e^-inf = 0
   f32 sum = {};
   for (int64_t j = 0; j < width; j += kLanes) {
-    const f32 e = exp2(load(s + j) - base);
+    const f32 e = exp(load(s + j) - base);
     store(s + j, e);
     sum += e;
   }
-  const float shrink = now == before ? 1.0f : exp2(splat(before - base))[0];
+  const float shrink = now == before ? 1.0f : exp(splat(before - base))[0];
   stats[0] = now;
   stats[1] = stats[1] * shrink + reduce_add(sum);
   if (shrink != 1.0f)
     for (int64_t j = 0; j < out_width; j += kLanes) store(out + j, load(out + j) * shrink);
 }
 
-// One finished row: `sums` relative to `maximum` (log2 units). The log-sum-exp is kept in two floats: of scores near 1e6 one float is off by
+// One finished row, its sums relative to `maximum`. The log-sum-exp is kept in two floats: of scores near 1e6 one float is off by
 // a tenth, and the backward's probabilities with it.
 void finish(const Problem& p, const ForwardOut& o, int64_t b, int64_t h, int64_t m, const float* sums, float maximum, float sum) {
   if (o.lse) {
     const int64_t at = (b * p.H + h) * p.M + m;
-    const double lse = maximum * kLn2 + __builtin_log(sum);
+    const double lse = maximum + __builtin_log(sum);
     o.lse[at] = sum == 0.0f ? -kInf : static_cast<float>(lse);
     const float low = static_cast<float>(lse - static_cast<double>(o.lse[at]));
     o.lse_low[at] = __builtin_isfinite(low) ? low : 0.0f;
@@ -61,7 +61,7 @@ void run(const Problem& p, const Plan& plan, const ForwardOut& o, int64_t index,
   for (int64_t i = 0; i < rows * at.width; i += kLanes) store(out + i, f32{});
   for (int64_t i = 0; i < rows; ++i) stats[2 * i] = -kInf, stats[2 * i + 1] = 0.0f;
   typed(p.type, [&]<class T>() {
-    pack_rows(rows, p.E, row<T>(p.q, item.b, item.h, item.m0), p.q.s, score_scale(p), q);
+    pack_rows(rows, p.E, row<T>(p.q, item.b, item.h, item.m0), p.q.s, p.scale, q);
   });
 
   const int64_t last = least(item.n1, p.seen(item.b, item.m1 - 1));
@@ -101,7 +101,7 @@ void merge(const Problem& p, const Plan& plan, const ForwardOut& o, int64_t grou
     float total = 0.0f;
     for (int64_t k = 0; k < plan.key_splits; ++k) {
       const float* part = stats + 2 * (k * slice + i);
-      const float weight = exp2(splat(part[0] - base))[0];
+      const float weight = exp(splat(part[0] - base))[0];
       total += weight * part[1];
       for (int64_t j = 0; j < width; j += kLanes) {
         const f32 x = load(sums + (k * slice + i) * width + j) * weight;

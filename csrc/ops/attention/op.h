@@ -57,7 +57,7 @@ struct Item {
 struct ForwardOut {
   View out;
   float *lse, *lse_low;  // (B, H, M): natural log-sum-exp, rounded, and what rounding left over; or null both
-  // With more than one key split: unnormalised rows (items, query_rows, padded E), their maxima and sums (items, query_rows, 2) in log2 units.
+  // With more than one key split: unnormalised rows (items, query_rows, padded E), their maxima and sums (items, query_rows, 2).
   float *partial, *partial_stats;
 };
 
