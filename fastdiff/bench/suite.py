@@ -313,7 +313,7 @@ def _parser():
     parser.add_argument("--pass", dest="passes", type=_list(PASSES), default=["forward"], metavar="forward|both", help="both: and backward")
     parser.add_argument("--dtype", type=_list(DTYPES), default=["float32"], metavar="DTYPE[,DTYPE]")
     parser.add_argument("--case", default="*", metavar="GLOB", help="benchmark rows by name")
-    parser.add_argument("--against", type=_list(), metavar="PEER[,PEER]|all", help="names, globs; unless given, peers that need no building")
+    parser.add_argument("--against", type=_list(), metavar="PEER[,..]|all", help="names, globs; unless given, those that need no building")
     parser.add_argument("--peers", metavar="FILE", help="where peers are, instead of benchmarks/peers.py")
     parser.add_argument("--json", metavar="FILE", help="write everything measured")
     parser.add_argument("--baseline", metavar="FILE", help="compare with the --json file of an older run")

@@ -118,9 +118,8 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::opt
   forward(in.problem, view(out), static_cast<float*>(lse.mutable_data_ptr()), static_cast<float*>(lse_low.mutable_data_ptr()));
 }
 
-std::optional<Tensor> attention_eager(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<Tensor> bias,
-                                      std::optional<Tensor> key_lengths, bool causal, std::optional<double> scale) {
-  if (bias || key_lengths || !is_native_float(q) || !k.is_cpu() || !v.is_cpu()) return std::nullopt;
+std::optional<Tensor> attention_eager(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, std::optional<double> scale) {
+  if (!is_native_float(q) || !k.is_cpu() || !v.is_cpu()) return std::nullopt;
   if (k.scalar_type() != q.scalar_type() || v.scalar_type() != q.scalar_type()) return std::nullopt;
   if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4 || !q.is_contiguous()) return std::nullopt;
   for (int i = 0; i < 4; ++i)
@@ -184,7 +183,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) {
   m.def(
       "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, Tensor out, Tensor lse, "
       "Tensor lse_low, bool causal, float? scale, bool bias_grad, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dbias) -> ()");
-  m.def("attention_eager(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, bool causal, float? scale) -> Tensor?");
+  m.def("attention_eager(Tensor q, Tensor k, Tensor v, bool causal, float? scale) -> Tensor?");
   m.def("attention_plan(int B, int H, int M, int N, int E, bool backward) -> int[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CPU, m) {

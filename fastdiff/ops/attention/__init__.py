@@ -165,9 +165,8 @@ def attention(q, k, v, *, bias=None, key_lengths=None, causal=False, scale=None)
     """
     if bias is not None or causal is not False or scale is not None:
         bias, causal, scale = _options(bias, causal, scale)
-    args = (q, k, v, bias, key_lengths, causal, scale)
-    out = ATTENTION.eager(args)
-    return ATTENTION(*args)[0] if out is None else out
+    out = ATTENTION.eager((q, k, v, causal, scale)) if bias is None and key_lengths is None else None
+    return ATTENTION(q, k, v, bias, key_lengths, causal, scale)[0] if out is None else out
 
 
 def attention_with_lse(q, k, v, *, bias=None, key_lengths=None, causal=False, scale=None):
