@@ -35,8 +35,6 @@ def _scale(value):
 @pytest.fixture
 def double(monkeypatch, request):
     """An op that should double its input, computed as `request.param` times it."""
-    if "double" in REGISTRY:
-        pytest.fail("the op of an earlier test was not removed")
     module = types.ModuleType("fake_double")
     module.cases = types.ModuleType("fake_double.cases")
     module.cases.CASES = {"double": Case(
@@ -44,20 +42,12 @@ def double(monkeypatch, request):
         bytes=lambda size, x: 2 * size * x.shape[0] * 8, batched=("x",), linear=True, bench={"64": {"N": 64}})}
     monkeypatch.setitem(sys.modules, "fake_double", module)
     monkeypatch.setitem(sys.modules, "fake_double.cases", module.cases)
-    with monkeypatch.context() as fresh:
-        made = _define(request.param)
-        module.double = lambda x: made(x)
-        yield made
-        fresh.undo()
+    # torch keeps a schema for the life of the process, so that every test defines a name of its own.
+    made = contract(f"double_for_{request.node.originalname}(Tensor x) -> Tensor", outputs=lambda x: x.new_empty(x.shape),
+                    reference=lambda x: x * 2, backends=(_scale(request.param),), module="fake_double")
+    module.double = made
+    yield
     del REGISTRY[made.name]
-
-
-def _define(value):
-    # torch keeps a schema for the life of the process, so that every test has a name of its own.
-    name = f"double_by_{str(value).replace('.', '_')}"
-    made = contract(f"{name}(Tensor x) -> Tensor", outputs=lambda x: x.new_empty(x.shape), reference=lambda x: x * 2, backends=(_scale(value),),
-                    module="fake_double")
-    return made
 
 
 def test_ratio_arithmetic():
@@ -159,7 +149,7 @@ def test_a_wrong_result_is_never_timed(double, ceilings, tmp_path, capsys):
     assert "FAILED double, 64" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("double", [2], indirect=True)
+@pytest.mark.parametrize("double", [2.0], indirect=True)
 def test_a_peer_that_computes_something_else(double, ceilings, tmp_path):
     file = tmp_path / "peers.py"
     file.write_text("PEERS = {'double': {'triple': type('Peer', (), {'default': True, 'refuse': None,\n"
@@ -190,7 +180,7 @@ def test_peers_agree_with_the_reference(op):
         call = inputs.Call(arguments)
         with fastdiff.use_backend("reference"):
             exact = call.by_parts(function, case, torch.float64)
-        for name, peer in module.PEERS[op].items():
+        for name, peer in module.PEERS[op].items() if all(y.numel() for y in exact) else ():
             if not name.startswith(("compile", "sdpa-flash")) and (peer.refuse is None or peer.refuse(**arguments) is None):
                 suite._same(name, call(peer), exact, "float32")
                 tried += 1
@@ -209,7 +199,8 @@ def test_reference_by_parts_is_the_whole():
 
 
 def test_inputs():
-    made = inputs.make({"x": Array((3, 4)), "l": Array((3,), dtype="float32"), "n": Integers((50,), 2, 4), "option": "a"}, "bfloat16", "cpu", grad=True)
+    specs = {"x": Array((3, 4)), "l": Array((3,), dtype="float32"), "n": Integers((50,), 2, 4), "option": "a"}
+    made = inputs.make(specs, "bfloat16", "cpu", grad=True)
     assert made["x"].dtype == torch.bfloat16 and made["l"].dtype == torch.float32 and made["option"] == "a"
     assert made["x"].requires_grad and not made["n"].requires_grad and set(made["n"].tolist()) == {2, 3, 4}
     assert made["x"].count_nonzero() == 12
@@ -265,7 +256,7 @@ def test_explain(monkeypatch):
         found = fastdiff.explain(fastdiff.ops.attention, q, k, k)
     assert found.op == "attention" and found.backend == "reference" and found.flops == 4 * 2 * 8 * 32 * 16 and found.floor is None
     assert found.bytes == 4 * (2 * q.numel() + 2 * k.numel())
-    assert ("cpu", "use_backend('reference') is in force") in found.refusals or any(name == "cpu" for name, _ in found.refusals)
+    assert any(name == "cpu" for name, _ in found.refusals)
     assert all(text in str(found) for text in ("backend  reference", "refused  cpu"))
     assert found.floor_ms(roofline.Ceilings("cpu", 1, 1.0, {"float32": 1e9})) == pytest.approx(found.bytes / 1e6)
     monkeypatch.setattr(roofline, "MEASURED", {("cpu", torch.get_num_threads()): roofline.Ceilings("cpu", 1, 1.0, {"float32": 1e9})})

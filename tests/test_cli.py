@@ -1,6 +1,7 @@
 """python -m fastdiff: each command as a stranger types it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -45,13 +46,14 @@ def test_info():
     done = run("info")
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("fastdiff", "torch", "ISA", "GPU", "native cpu", "native cuda"))
-    done = run("info", env={"FASTDIFF_NATIVE": "0", "PATH": ""})
+    done = run("info", env=os.environ | {"FASTDIFF_NATIVE": "0"})
     assert done.returncode == 0, done.stderr
     assert "switched off by FASTDIFF_NATIVE=0" in done.stdout and "-> unset FASTDIFF_NATIVE" in done.stdout
 
 
 @pytest.mark.parametrize("library, why, words", [
-    ("cpu", "switched off by FASTDIFF_NATIVE=0", "unset"), ("cpu", "libfastdiff_cpu.so did not load: undefined symbol", "rebuild against this torch"),
+    ("cpu", "switched off by FASTDIFF_NATIVE=0", "unset"),
+    ("cpu", "libfastdiff_cpu.so did not load: undefined symbol", "rebuild against this torch"),
     ("cpu", "c++ failed: error", "install g++"), ("cuda", "built, not loaded: torch sees no CUDA device", "GPU")])
 def test_advice(library, why, words):
     assert words in info.advice(library, why)

@@ -229,9 +229,15 @@ def _text(job):
     return f"{name:18} {dtype} {' '.join(f'{k}={v}' for k, v in shown.items() if v)} warps={options['num_warps']}"
 
 
+@pytest.fixture(scope="module")
+def pool():
+    with concurrent.futures.ProcessPoolExecutor(min(8, os.cpu_count()), multiprocessing.get_context("spawn")) as made:
+        yield made
+
+
 @compiler
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
-def test_compile(architecture, monkeypatch):
+def test_compile(architecture, monkeypatch, pool):
     """Every kernel and launch row becomes machine code without a spill, within the chip's shared memory. -s prints a table.
 
     float16 on sm_90 alone: its code is bfloat16's with another instruction.
@@ -239,8 +245,7 @@ def test_compile(architecture, monkeypatch):
     dtypes = FLOATS if architecture == 90 else FLOATS[:2]
     jobs = [job for dtype in dtypes for job in _launched(monkeypatch, architecture, _calls(dtype, architecture))]
     monkeypatch.undo()
-    with concurrent.futures.ProcessPoolExecutor(min(8, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
-        made = list(pool.map(_compile, jobs, [architecture] * len(jobs)))
+    made = list(pool.map(_compile, jobs, [architecture] * len(jobs)))
     wrong = []
     print(f"\nsm_{architecture}  shared  registers  spilled")
     for job, (shared, registers, stack) in zip(jobs, made, strict=True):

@@ -5,6 +5,7 @@ from functools import lru_cache
 import torch
 
 _AXES = lru_cache(None)(str.split)
+_LIMIT = 1 << 31  # products of a few stay within int64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -67,12 +68,12 @@ def option(op, name, value, choices):
 
 
 def integers(op, name, value, length=None, *, least=1):
-    """A tuple of ints >= least, of the given length; an int stands for itself repeated (length 1 if none is given)."""
-    if type(value) is int and value >= least:
+    """A tuple of ints in [least, 2^31), of the given length; an int stands for itself repeated (length 1 if none is given)."""
+    if type(value) is int and least <= value < _LIMIT:
         return (value,) * (1 if length is None else length)
     if type(value) is tuple and length in (None, len(value)):
         for v in value:
-            if type(v) is not int or v < least:
+            if type(v) is not int or not least <= v < _LIMIT:
                 break
         else:
             return value
@@ -83,6 +84,6 @@ def integers(op, name, value, length=None, *, least=1):
     if length is not None and len(value) != length:
         fail(op, f"{name} wants {length} ints, got {len(value)}: {tuple(value)}")
     for v in value:
-        if v < least:
-            fail(op, f"{name} wants values >= {least}, got {tuple(value)}")
+        if v < least or v >= _LIMIT:
+            fail(op, f"{name} wants values in [{least}, 2**31), got {tuple(value)}")
     return tuple(value)
