@@ -45,7 +45,10 @@ def double(monkeypatch, request):
     # torch keeps a schema for the life of the process, so that every test defines a name of its own.
     made = contract(f"double_for_{request.node.originalname}(Tensor x) -> Tensor", outputs=lambda x: x.new_empty(x.shape),
                     reference=lambda x: x * 2, backends=(_scale(request.param),), module="fake_double")
-    module.double = lambda x: made(x)
+    def double(x):
+        return made(x)
+
+    module.double = double
     yield
     del REGISTRY[made.name]
 
@@ -223,7 +226,8 @@ def _record(ratio, low, high, **other):
 
 
 @pytest.mark.parametrize("old, change", [(_record(1, 0.9, 1.1), "faster"), (_record(4, 3.5, 4.5), "slower"), (_record(2, 1.5, 2.5), "same"),
-                                         (_record(None, None, None), "not comparable"), (_record(1, 0.9, 1.1, threads=2), "not comparable")])
+                                         (_record(None, None, None), "not comparable"),
+                                         (_record(1, 0.9, 1.1, threads=2), "not comparable")])
 def test_baseline(old, change):
     (row,) = report.against([_record(2, 1.9, 2.1)], {"records": [old]})
     assert row[2:] == (2, change) and row[0] == ("a", "b", "float32", "forward", "cpu", 1)

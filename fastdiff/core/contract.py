@@ -20,8 +20,8 @@ _ENTRIES = torch.library.Library(native.LIBRARIES["cpu"], "IMPL")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Bound once: looking these up through torch costs a tiny call a tenth of its time.
 is_compiling, _grad_enabled, _function_modes = torch.compiler.is_compiling, torch.is_grad_enabled, _C._len_torch_function_stack
-# Where an eager entry has no say: kernels under these keys return None before the native one is reached. The last stands for every device and
-# layout but a dense tensor on the CPU.
+# Where an eager entry has no say: kernels under these keys return None before the native one is reached. The last stands for every
+# device and layout but a dense tensor on the CPU.
 _SILENT = ("Python", "FuncTorchDynamicLayerFrontMode", "FuncTorchBatched", "Batched", "AutocastCPU", "CompositeExplicitAutograd")
 
 
@@ -79,7 +79,7 @@ class Contract:
         """The result of the native eager entry, where that is all the call needs; otherwise None.
 
         args: the contract's required tensors, then what else the entry takes. It spares a tiny call this class's checks, allocation and
-        choice: the entry recognises plain arguments itself and is silent about others, and where a mode, a transform or autocast is at work.
+        choice: the entry recognises plain arguments itself and is silent about others, and where a mode, a transform or autocast is on.
         """
         if self._entry is None or is_compiling() or FORCED.name not in (None, "cpu") or forward_ad._current_level >= 0 or _function_modes():
             return None

@@ -235,12 +235,12 @@ def _against_reference(subject, call, problem, outs):
     rows = zip(*(y if isinstance(y, tuple) else (y,) for y in (outs, plain, exact)), strict=True)
     for i, (y, p, e) in enumerate(rows):
         try:
-            # A kernel does not read what is hidden; the reference multiplies it by 0, and 0 * NaN is NaN. Only a NaN of ours alone is wrong.
+            # What is hidden is not read by a kernel; the reference multiplies it by 0, and 0 * NaN is NaN. Only a NaN that is ours alone counts.
             y = torch.where(e.detach().isnan() & y.detach().isfinite(), e.detach().to(y.dtype), y.detach())
             measured = error(f"output {i}", y, p.detach(), e.detach())
         except AssertionError as problem:
             return "silent", str(problem)
-        if measured.ratio > 8:  # the budget itself is another property's business; here a call must not mean something else
+        if measured.ratio > 8:  # the budget itself is not the matter here: a call must not mean something else
             return "silent", f"output {i}: error {measured.error:.3g} over the limit {measured.limit:.3g}"
     return "legal", "as the reference"
 

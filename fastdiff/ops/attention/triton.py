@@ -40,7 +40,7 @@ LAUNCH = {
 }
 # Rows of (programs that fill the chip: its multiprocessors; least blocks a program loops over when it shares a loop). 0: the interpreter.
 SHARE = ((100, None, (148, 4)), (90, None, (132, 4)), (1, None, (108, 4)), (0, None, (16, 2)))
-MERGE = dict(elements=2048, num_warps=4)
+MERGE = dict(elements=1024, num_warps=4)
 STATISTICS = dict(ROWS=16, num_warps=4)
 
 
