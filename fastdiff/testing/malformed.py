@@ -235,7 +235,7 @@ def _against_reference(subject, call, problem, outs):
     rows = zip(*(y if isinstance(y, tuple) else (y,) for y in (outs, plain, exact)), strict=True)
     for i, (y, p, e) in enumerate(rows):
         try:
-            # What is hidden is not read by a kernel; the reference multiplies it by 0, and 0 * NaN is NaN. Only a NaN that is ours alone counts.
+            # A kernel does not read what is hidden, the reference multiplies it by 0: a NaN counts only where ours alone has it.
             y = torch.where(e.detach().isnan() & y.detach().isfinite(), e.detach().to(y.dtype), y.detach())
             measured = error(f"output {i}", y, p.detach(), e.detach())
         except AssertionError as problem:
