@@ -63,5 +63,5 @@ $(VENV)/.prepared: $(VENV)/.demo $(VENV)/.built
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES) pyproject.toml
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) --no-build-isolation --no-deps -e .
+	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@

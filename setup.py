@@ -41,11 +41,13 @@ def build(library, build_folder, torch, options):
     log = build_folder / "build.log"
     configure = ["cmake", "-S", str(ROOT), "-B", str(build_folder), "-G", "Ninja", f"-DFASTDIFF_TORCH={torch}", *options]
     jobs = os.environ.get("MAX_JOBS")
+    # CMake and ninja of this interpreter's environment before the system's.
+    environment = os.environ | {"PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))}
     compile_ = ["cmake", "--build", str(build_folder), "--target", library] + (["-j", jobs] if jobs else [])
     with log.open("w") as stream:
         for command in (configure, compile_):
             try:
-                done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode == 0
+                done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode == 0
             except FileNotFoundError:
                 return f"{command[0]} not found"
             if not done:

@@ -9,6 +9,7 @@ import pytest
 
 from fastdiff import __main__ as cli
 from fastdiff import info
+from fastdiff.core.contract import public
 
 
 def run(*argv, **kwargs):
@@ -65,17 +66,18 @@ def test_no_advice_twice():
 
 def test_bench(tmp_path):
     first, second, picture = (str(tmp_path / name) for name in ("first.json", "second.json", "roof.png"))
-    argv = ["bench", "patchify", "--quick", "--case", "*p2,4,4", "--threads", "1", "--against", "eager"]
+    op, (_, case) = max(public().items())
+    argv = ["bench", op, "--quick", "--case", list(case.bench)[-1], "--threads", "1", "--against", "eager"]
     done = run(*argv, "--json", first, "--plot", picture)
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads((tmp_path / "first.json").read_text())
     assert set(document) == {"machine", "versions", "command", "ceilings", "records"} and len(document["records"]) == 1
-    assert document["command"].startswith("python -m fastdiff bench patchify --quick")
+    assert document["command"].startswith(f"python -m fastdiff bench {op} --quick")
     assert document["ceilings"]["copy_GBs"] > 0 and document["ceilings"]["gemm_GFs"]["float32"] > 0
     assert (tmp_path / "roof.png").stat().st_size > 1000
     done = run(*argv, "--json", second, "--baseline", first, "--markdown")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| patchify |" in done.stdout and "old ratio" in done.stdout
+    assert f"| {op} |" in done.stdout and "old ratio" in done.stdout
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -1,7 +1,6 @@
 """Attention by blocks, forward and backward. Where one side is short, programs share the long side, and a second kernel merges in order."""
 
 import math
-import struct
 
 import torch
 
@@ -45,24 +44,34 @@ STATISTICS = dict(ROWS=16, num_warps=4)
 
 
 @jit
-def _logits(s, scales, bias_ptr, bias_strides, o_m, o_n, M, N, end, CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISE: tl.constexpr):
-    """scale log2(e) s + log2(e) bias, -inf where the query may not see the key; o_m, o_n broadcast to s, bias_ptr stands at (b, h).
+def _logits(s, logit_scale, bias_ptr, bias_strides, o_m, o_n, M, N, end, CAUSAL: tl.constexpr, MASK: tl.constexpr, NATURAL: tl.constexpr):
+    """scale s + bias, -inf where the query may not see the key; o_m, o_n broadcast to s, bias_ptr stands at (b, h).
 
-    scales = (scale log2(e), what its rounding left over). The latter is used if PRECISE: its error has one sign for all keys, and adds up.
+    In units of log 2 (logit_scale = scale log2(e)) unless NATURAL: the change of units would cost fp32 a rounding of the whole logit.
     """
-    if PRECISE:
-        s = s * tl.cast(scales[0], tl.float32) + s * tl.cast(scales[1], tl.float32)
-    else:
-        s = s * tl.cast(scales[0], tl.float32)
+    s = s * tl.cast(logit_scale, tl.float32)
     if bias_ptr is not None:
         o_bias = o_m.to(tl.int64) * bias_strides[2] + o_n.to(tl.int64) * bias_strides[3]
-        s += tl.load(bias_ptr + o_bias, mask=(o_m < M) & (o_n < N), other=0.0).to(tl.float32) * LOG2E
+        bias = tl.load(bias_ptr + o_bias, mask=(o_m < M) & (o_n < N), other=0.0).to(tl.float32)
+        if NATURAL:
+            s += bias
+        else:
+            s += bias * LOG2E
     if MASK:
         m_s = o_n < end
         if CAUSAL:
             m_s = m_s & (o_n <= o_m + (N - M))
         s = tl.where(m_s, s, -float("inf"))
     return s
+
+
+@jit
+def _exp(x, NATURAL: tl.constexpr):
+    """exp of a difference of logits."""
+    if NATURAL:
+        return tl.exp2(x * LOG2E)
+    else:
+        return tl.exp2(x)
 
 
 @jit
@@ -73,23 +82,27 @@ def _two_floats(x):
 
 
 @jit
-def _log_sum_exp(top, total):
-    """Natural log-sum-exp, as two floats, of a maximum in units of log 2 and the sum of powers of 2 relative to it."""
-    return _two_floats((top.to(tl.float64) + tl.log2(total).to(tl.float64)) * LN2)
+def _log_sum_exp(top, total, NATURAL: tl.constexpr):
+    """Natural log-sum-exp, as two floats, of the greatest logit and the sum of exponentials relative to it."""
+    top, log = top.to(tl.float64), tl.log2(total).to(tl.float64)
+    if NATURAL:
+        return _two_floats(top + log * LN2)
+    else:
+        return _two_floats((top + log) * LN2)
 
 
 @jit
-def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, low_ptr, scales, B, H, M, N, splits, per, q_strides, k_strides,
-             v_strides, bias_strides, lengths_stride, out_strides, SHARED: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-             UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
-             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, low_ptr, logit_scale, B, H, M, N, splits, per, q_strides,
+             k_strides, v_strides, bias_strides, lengths_stride, out_strides, SHARED: tl.constexpr, CAUSAL: tl.constexpr,
+             MASK: tl.constexpr, NATURAL: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, E: tl.constexpr,
+             PADDED: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """out, lse of a block of queries over the keys [per i_s, per (i_s + 1)); if SHARED, what `_merge` makes them of.
 
     grid    B H splits cdiv(M, BLOCK_M), query blocks innermost: neighbours read the same keys
     layout  q, k, v (B, H, rows, E), out (splits, B, H, M, E), any strides but the last, which is 1; lse, low (splits, B, H, M)
             contiguous; bias (B, H, M, N), any strides, or None; lengths (B,) or None. Strides of inputs of four axes
             are given in UNITs, those of outputs in OUT_UNITs; inputs have PADDED columns, zero from column E on
-    math    S = q k^T in fp32, in units of log 2; running maximum and sum, P rounded to q's dtype for P v, out normalised at the end, 0
+    math    S = q k^T in fp32; running maximum and sum, P rounded to q's dtype for P v, out normalised at the end, 0
             without a key; if SHARED out is left as the sum, and the maximum and the sum of P stand for lse and low
     needs   E1 + E2 >= E, each a power of two >= 16 (E2 may be 0); MASK unless every block of keys is seen whole; per % BLOCK_N = 0
     """
@@ -124,12 +137,12 @@ def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, low_p
         s = dot(q1, tl.trans(load_tile(k_ptr, i_n, k_strides[2], end, BLOCK_N, 0, E1, PADDED, UNIT)), s)
         if E2:
             s = dot(q2, tl.trans(load_tile(k_ptr, i_n, k_strides[2], end, BLOCK_N, E1, E2, PADDED, UNIT)), s)
-        s = _logits(s, scales, bias_ptr, bias_strides, o_m[:, None], (i_n + tl.arange(0, BLOCK_N))[None, :], M, N, end, CAUSAL, MASK,
-                    q_ptr.dtype.element_ty == tl.float32)
+        s = _logits(s, logit_scale, bias_ptr, bias_strides, o_m[:, None], (i_n + tl.arange(0, BLOCK_N))[None, :], M, N, end, CAUSAL, MASK,
+                    NATURAL)
         new = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(new == -float("inf"), 0.0, new)
-        p = tl.exp2(s - shift[:, None])
-        fade = tl.exp2(top - shift)
+        p = _exp(s - shift[:, None], NATURAL)
+        fade = _exp(top - shift, NATURAL)
         total = total * fade + tl.sum(p, 1)
         p = narrow(p, q_ptr.dtype.element_ty)
         acc1 = dot(p, load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, 0, E1, PADDED, UNIT), acc1 * fade[:, None])
@@ -142,7 +155,7 @@ def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, low_p
         tl.store(lse_ptr + o_lse, top, mask=o_m < M)
         tl.store(low_ptr + o_lse, total, mask=o_m < M)
     else:
-        lse, low = _log_sum_exp(top, total)
+        lse, low = _log_sum_exp(top, total, NATURAL)
         tl.store(lse_ptr + o_lse, lse, mask=o_m < M)
         tl.store(low_ptr + o_lse, low, mask=o_m < M)
         total = tl.where(total == 0, 1.0, total)[:, None]
@@ -156,9 +169,9 @@ def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, low_p
 
 
 @jit
-def _merge(parts_ptr, tops_ptr, totals_ptr, out_ptr, lse_ptr, low_ptr, B, H, M, splits, out_strides, E: tl.constexpr,
-           WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """out = sum_s w_s part_s / total, total = sum_s w_s total_s, w_s = 2^(top_s - top), first split to last; lse = log(2^top total).
+def _merge(parts_ptr, tops_ptr, totals_ptr, out_ptr, lse_ptr, low_ptr, B, H, M, splits, out_strides, NATURAL: tl.constexpr,
+           E: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """out = sum_s w_s part_s / total, total = sum_s w_s total_s, w_s = exp(top_s - top), first split to last; lse = top + log(total).
 
     grid    B H cdiv(M, ROWS), row blocks innermost
     layout  parts (splits, B, H, M, E), tops, totals (splits, B, H, M), lse, low (B, H, M) contiguous; out (B, H, M, E), last stride 1
@@ -177,11 +190,11 @@ def _merge(parts_ptr, tops_ptr, totals_ptr, out_ptr, lse_ptr, low_ptr, B, H, M, 
         part_top = tl.load(tops_ptr + i_row + o_m, mask=o_m < M, other=-float("inf"))
         new = tl.maximum(top, part_top)
         shift = tl.where(new == -float("inf"), 0.0, new)
-        fade, weight = tl.exp2(top - shift), tl.exp2(part_top - shift)
+        fade, weight = _exp(top - shift, NATURAL), _exp(part_top - shift, NATURAL)
         total = total * fade + tl.load(totals_ptr + i_row + o_m, mask=o_m < M, other=0.0) * weight
         acc = acc * fade[:, None] + load_tile(parts_ptr + i_row * E, start, E, M, ROWS, 0, WIDTH, E) * weight[:, None]
         top = new
-    lse, low = _log_sum_exp(top, total)
+    lse, low = _log_sum_exp(top, total, NATURAL)
     tl.store(lse_ptr + i_bh * M + o_m, lse, mask=o_m < M)
     tl.store(low_ptr + i_bh * M + o_m, low, mask=o_m < M)
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
@@ -190,12 +203,12 @@ def _merge(parts_ptr, tops_ptr, totals_ptr, out_ptr, lse_ptr, low_ptr, B, H, M, 
 
 @jit
 def _statistics(dout_ptr, out_ptr, lse_ptr, low_ptr, dlse_ptr, stats_ptr, B, H, M, dout_strides, out_strides, dlse_strides,
-                UNIT: tl.constexpr, PADDED: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, ROWS: tl.constexpr):
+                NATURAL: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, ROWS: tl.constexpr):
     """What both gradient kernels need of a query: its log-sum-exp, and delta = sum_e dout out - dlse, which they take off its row of dP.
 
     grid    B H cdiv(M, ROWS), row blocks innermost
     layout  dout, out (B, H, M, E), last stride 1; lse, low (B, H, M) contiguous; dlse (B, H, M), any strides, or None;
-            stats (3, B, H, M) contiguous: the log-sum-exp in units of log 2 as two floats (inf, 0 without a key: P is 0 then), and delta
+            stats (3, B, H, M) contiguous: the log-sum-exp as two floats, in the logits' units (inf, 0 without a key), and delta
     math    delta from the diagonal of dout out^T, a product like dP's: for a query that sees one key they are equal, and dS is 0
     needs   as in `_forward`
     """
@@ -208,7 +221,9 @@ def _statistics(dout_ptr, out_ptr, lse_ptr, low_ptr, dlse_ptr, stats_ptr, B, H, 
     m_m = o_m < M
     lse = tl.load(lse_ptr + i_bh * M + o_m, mask=m_m, other=0.0).to(tl.float64)
     lse += tl.load(low_ptr + i_bh * M + o_m, mask=m_m, other=0.0).to(tl.float64)
-    lse, low = _two_floats(tl.where(lse == -float("inf"), float("inf"), lse * LOG2E))
+    if not NATURAL:
+        lse = lse * LOG2E
+    lse, low = _two_floats(tl.where(lse == -float("inf"), float("inf"), lse))
 
     dout_ptr += (i_b * dout_strides[0] + i_h * dout_strides[1]) * UNIT
     out_ptr += (i_b * out_strides[0] + i_h * out_strides[1]) * UNIT
@@ -237,10 +252,11 @@ def _load_statistics(stats_ptr, rows, o_m, M):
 
 
 @jit
-def _query_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_ptr, dq_ptr, ds_ptr, scale, scales, B, H, M, N, splits,
-                     per, dout_strides, q_strides, k_strides, v_strides, bias_strides, lengths_stride, dq_strides, CAUSAL: tl.constexpr,
-                     MASK: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr,
-                     E1: tl.constexpr, E2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _query_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_ptr, dq_ptr, ds_ptr, scale, logit_scale, B, H, M, N,
+                     splits, per, dout_strides, q_strides, k_strides, v_strides, bias_strides, lengths_stride, dq_strides,
+                     CAUSAL: tl.constexpr, MASK: tl.constexpr, NATURAL: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr,
+                     E: tl.constexpr, PADDED: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BLOCK_M: tl.constexpr,
+                     BLOCK_N: tl.constexpr):
     """dq of a block of queries from the keys [per i_s, per (i_s + 1)), and their part of dS.
 
     grid    B H splits cdiv(M, BLOCK_M), query blocks innermost: neighbours read the same keys
@@ -288,9 +304,9 @@ def _query_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats
             k2 = load_tile(k_ptr, i_n, k_strides[2], end, BLOCK_N, E1, E2, PADDED, UNIT)
             s = dot(q2, tl.trans(k2), s)
             dp = dot(dout2, tl.trans(load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, E1, E2, PADDED, UNIT)), dp)
-        s = _logits(s, scales, bias_ptr, bias_strides, o_m[:, None], o_n[None, :], M, N, end, CAUSAL, MASK,
-                    q_ptr.dtype.element_ty == tl.float32)
-        ds = tl.exp2((s - lse) - low) * (dp - delta)
+        s = _logits(s, logit_scale, bias_ptr, bias_strides, o_m[:, None], o_n[None, :], M, N, end, CAUSAL, MASK,
+                    NATURAL)
+        ds = _exp((s - lse) - low, NATURAL) * (dp - delta)
         if ds_ptr is not None:
             o_ds = (i_bh * M + o_m)[:, None] * N + o_n[None, :]
             tl.store(ds_ptr + o_ds, narrow(ds, ds_ptr.dtype.element_ty), mask=(o_m < M)[:, None] & (o_n < end)[None, :])
@@ -307,10 +323,10 @@ def _query_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats
 
 
 @jit
-def _key_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_ptr, dk_ptr, dv_ptr, scale, scales, B, H, M, N, splits, per,
-                   dout_strides, q_strides, k_strides, v_strides, bias_strides, lengths_stride, dk_strides, dv_strides,
-                   CAUSAL: tl.constexpr, MASK: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, E: tl.constexpr,
-                   PADDED: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _key_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_ptr, dk_ptr, dv_ptr, scale, logit_scale, B, H, M, N, splits,
+                   per, dout_strides, q_strides, k_strides, v_strides, bias_strides, lengths_stride, dk_strides, dv_strides,
+                   CAUSAL: tl.constexpr, MASK: tl.constexpr, NATURAL: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr,
+                   E: tl.constexpr, PADDED: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dk, dv of a block of keys from the queries [per i_s, per (i_s + 1)).
 
     grid    B H splits cdiv(N, BLOCK_N), key blocks innermost: neighbours read the same queries
@@ -361,9 +377,9 @@ def _key_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_p
             dout2 = load_tile(dout_ptr, i_m, dout_strides[2], M, BLOCK_M, E1, E2, PADDED, UNIT)
             s = dot(k2, tl.trans(q2), s)
             dp = dot(v2, tl.trans(dout2), dp)
-        s = _logits(s, scales, bias_ptr, bias_strides, o_m[None, :], o_n[:, None], M, N, end, CAUSAL, MASK,
-                    q_ptr.dtype.element_ty == tl.float32)
-        p = tl.exp2((s - lse[None, :]) - low[None, :])
+        s = _logits(s, logit_scale, bias_ptr, bias_strides, o_m[None, :], o_n[:, None], M, N, end, CAUSAL, MASK,
+                    NATURAL)
+        p = _exp((s - lse[None, :]) - low[None, :], NATURAL)
         ds = narrow(p * (dp - delta[None, :]), q_ptr.dtype.element_ty)
         p = narrow(p, q_ptr.dtype.element_ty)
         dv1 = dot(p, dout1, dv1)
@@ -416,11 +432,10 @@ def _columns(q, E):
     return {"PADDED": padded(E, q.dtype), "E1": first, "E2": second}
 
 
-def _settings(what, q, M, N):
-    """Launch settings for this dtype, head size and machine; a block of queries no longer than there are queries."""
+def _settings(what, q):
+    """Launch settings for this dtype, head size and machine; where queries are few, blocks of 64 of them, not 128."""
     chosen = dict(pick(LAUNCH[what][q.element_size()], device.architecture(q.device), q.shape[3]))
-    chosen["BLOCK_M"] = min(chosen["BLOCK_M"], power_of_two(M, least=16))
-    chosen["BLOCK_N"] = min(chosen["BLOCK_N"], power_of_two(N, least=16))
+    chosen["BLOCK_M"] = min(chosen["BLOCK_M"], power_of_two(q.shape[2], least=64))
     return chosen
 
 
@@ -462,17 +477,15 @@ def _mask_arguments(bias, key_lengths, shape):
     return strides, 0 if key_lengths is None else key_lengths.stride(0)
 
 
-def _scales(E, scale):
-    """scale, and scale log2(e) as the sum of two floats."""
+def _scales(E, scale, natural):
+    """scale, and what turns q k^T into logits in the kernels' units."""
     scale = E**-0.5 if scale is None else float(scale)
-    exact = scale * math.log2(math.e)
-    high = struct.unpack("f", struct.pack("f", exact))[0]
-    return scale, (high, exact - high)
+    return scale, scale if natural else scale * math.log2(math.e)
 
 
 def _forward_plan(q, N):
     B, H, M, _ = q.shape
-    chosen = _settings("forward", q, M, N)
+    chosen = _settings("forward", q)
     return chosen, *_shares(q, B * H * cdiv(M, chosen["BLOCK_M"]), N, chosen["BLOCK_N"])
 
 
@@ -483,23 +496,25 @@ def _run_forward(args, outs):
     if not B * H * M:
         return
     chosen, splits, per = _forward_plan(q, N)
+    natural = q.dtype == torch.float32
     parts = _parts(out, splits)
     sums = (lse, low) if splits == 1 else lse.new_empty((2, splits, *lse.shape)).unbind(0)
     bias_strides, lengths_stride = _mask_arguments(bias, key_lengths, (B, H, M, N))
     q, k, v = aligned(q), aligned(k), aligned(v)
     (unit, strides), (out_unit, (out_strides,)) = _in_units(q, k, v), _in_units(parts)
+    _, logit_scale = _scales(E, scale, natural)
     _forward[(B * H * splits * cdiv(M, chosen["BLOCK_M"]),)](
-        q, k, v, bias, key_lengths, parts, *sums, _scales(E, scale)[1], B, H, M, N, splits, per, *strides, bias_strides, lengths_stride,
-        out_strides, SHARED=splits > 1, CAUSAL=causal, MASK=causal or key_lengths is not None or N % chosen["BLOCK_N"] != 0, UNIT=unit,
-        OUT_UNIT=out_unit, E=E, **_columns(q, E), **chosen, **OPTIONS)
+        q, k, v, bias, key_lengths, parts, *sums, logit_scale, B, H, M, N, splits, per, *strides, bias_strides, lengths_stride,
+        out_strides, SHARED=splits > 1, CAUSAL=causal, MASK=causal or key_lengths is not None or N % chosen["BLOCK_N"] != 0,
+        NATURAL=natural, UNIT=unit, OUT_UNIT=out_unit, E=E, **_columns(q, E), **chosen, **OPTIONS)
     if splits > 1:
-        _by_rows(_merge, out, parts, *sums, out, lse, low, B, H, M, splits, out.stride()[:3])
+        _by_rows(_merge, out, parts, *sums, out, lse, low, B, H, M, splits, out.stride()[:3], natural)
 
 
 def _backward_plan(q, N):
     """Settings, splits and share of the query gradients, then those of the key gradients."""
     B, H, M, _ = q.shape
-    by_query, by_key = _settings("query gradients", q, M, N), _settings("key gradients", q, M, N)
+    by_query, by_key = _settings("query gradients", q), _settings("key gradients", q)
     return ((by_query, *_shares(q, B * H * cdiv(M, by_query["BLOCK_M"]), N, by_query["BLOCK_N"])),
             (by_key, *_shares(q, B * H * cdiv(N, by_key["BLOCK_N"]), M, by_key["BLOCK_M"])))
 
@@ -516,7 +531,8 @@ def _run_backward(args, outs):
     grad_unit, (dq_strides, dk_strides, dv_strides) = _in_units(dq_parts, dk_parts, dv_parts)
     tensors = (dout, q, k, v, bias, key_lengths, stats)
     strides += _mask_arguments(bias, key_lengths, (B, H, M, N))
-    columns = {"UNIT": unit, **_columns(q, E)}
+    natural = q.dtype == torch.float32
+    columns = {"NATURAL": natural, "UNIT": unit, **_columns(q, E)}
     hidden = causal or key_lengths is not None  # then blocks of dS may not be visited
     ds = None
     if bias_grad:
@@ -529,13 +545,13 @@ def _run_backward(args, outs):
             dout, out, lse.contiguous(), lse_low.contiguous(), dlse, stats, B, H, M, strides[0], out_strides, dlse_strides, **columns,
             **STATISTICS, **OPTIONS)
         _query_gradients[(B * H * query_splits * cdiv(M, by_query["BLOCK_M"]),)](
-            *tensors, dq_parts, ds, *_scales(E, scale), B, H, M, N, query_splits, keys, *strides, dq_strides, CAUSAL=causal,
+            *tensors, dq_parts, ds, *_scales(E, scale, natural), B, H, M, N, query_splits, keys, *strides, dq_strides, CAUSAL=causal,
             MASK=hidden or N % by_query["BLOCK_N"] != 0, OUT_UNIT=grad_unit, E=E, **columns, **by_query, **OPTIONS)
         if query_splits > 1:
             _by_rows(_sum, dq, dq_parts, dq, B, H, M, query_splits, dq.stride()[:3])
     if B * H * N:
         _key_gradients[(B * H * key_splits * cdiv(N, by_key["BLOCK_N"]),)](
-            *tensors, dk_parts, dv_parts, *_scales(E, scale), B, H, M, N, key_splits, queries, *strides, dk_strides, dv_strides,
+            *tensors, dk_parts, dv_parts, *_scales(E, scale, natural), B, H, M, N, key_splits, queries, *strides, dk_strides, dv_strides,
             CAUSAL=causal, MASK=hidden, OUT_UNIT=grad_unit, E=E, **columns, **by_key, **OPTIONS)
         if key_splits > 1:
             for parts, y in ((dk_parts, dk), (dv_parts, dv)):
