@@ -15,7 +15,7 @@ try:
     INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 except ImportError as _error:
     jit, WHY_NOT = (lambda kernel: kernel), f"triton cannot be imported: {_error}"
-    INTERPRET, tl = False, SimpleNamespace(constexpr=None)
+    INTERPRET, tl = False, SimpleNamespace(constexpr=lambda value: value)
 
 # What a launch passes beside the kernel's own settings: the default of this one changes between releases of Triton.
 OPTIONS = dict(enable_fp_fusion=True)
