@@ -49,9 +49,9 @@ def _no_work(*_, **arguments):
 class Case:
     """dims: name -> Dim or OneOf, drawn together. arguments(**dims): the call's keyword arguments, Array and Integers for its tensors.
 
-    flops(**arguments) and bytes(element_size, **arguments): the least work of a call, from shapes alone (only benchmarks need them). batched: the
-    tensor arguments with a leading batch axis along which samples are independent. heads: those with a second axis along which heads are.
-    linear: the op is linear in its tensors. bench: row name -> dims.
+    flops(**arguments) and bytes(element_size, **arguments): the least work of a call, from shapes alone (only benchmarks need them).
+    batched: the tensor arguments with a leading batch axis along which samples are independent. heads: those with a second axis along
+    which heads are. linear: the op is linear in its tensors. bench: row name -> dims.
     """
 
     dims: dict
