@@ -65,6 +65,7 @@ constexpr int64_t kResidentFloats = 128 * 1024;
 
 Plan forward_plan(int64_t B, int64_t H, int64_t M, int64_t N, int64_t width) {
   Plan plan;
+  width = std::max<int64_t>(width, 1);  // E = 0 is legal
   const int64_t heads = std::max<int64_t>(1, B * H);
   const int64_t rows = std::clamp<int64_t>(kResidentFloats / (2 * width) / 6 * 6, 48, 510);
   plan.key_block = std::min(std::clamp<int64_t>(72 * 1024 / (2 * width) / 64 * 64, 64, 256), std::max<int64_t>(1, N));
@@ -84,6 +85,7 @@ Plan forward_plan(int64_t B, int64_t H, int64_t M, int64_t N, int64_t width) {
 
 Plan backward_plan(int64_t B, int64_t H, int64_t M, int64_t N, int64_t width) {
   Plan plan;
+  width = std::max<int64_t>(width, 1);  // E = 0 is legal
   const int64_t heads = std::max<int64_t>(1, B * H), wanted = std::min<int64_t>(16, ceil_div(kItems, heads));
   plan.key_block = std::min<int64_t>(width <= 96 ? 128 : 64, std::max<int64_t>(1, N));
   plan.query_block = std::min<int64_t>(width <= 96 ? 96 : 48, std::max<int64_t>(1, M));
@@ -154,7 +156,7 @@ void attention_backward(const Tensor& dout, const std::optional<Tensor>& dlse, c
   for_items(plan.items(p), kernels.scratch(p, plan), [&](int64_t item, float* scratch) { kernels.run(p, plan, in, o, item, scratch); });
   const auto add = [&](const View& x, int64_t S, const Buffer& partial, int64_t splits) {
     if (splits > 1)
-      torch::stable::parallel_for(0, heads * S, std::max<int64_t>(1, 16384 / (width * splits)),
+      torch::stable::parallel_for(0, heads * S, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width * splits)),
                                   [&](int64_t begin, int64_t end) { kernels.sum(p, x, S, partial.get(), splits, begin, end); });
   };
   add(o.dq, p.M, dq_partial, plan.key_splits);

@@ -95,7 +95,7 @@ def _backward(ctx, dout, dlse, _):
 def _jvp(ctx, dq, dk, dv, dbias, *rest):
     q, k, v, bias, key_lengths, _, lse, _ = ctx.saved_tensors
     p = reference.softmax(reference.scores(q, k, bias, key_lengths, *ctx.args[5:]))
-    scale = q.shape[3] ** -0.5 if ctx.args[6] is None else ctx.args[6]
+    scale = max(q.shape[3], 1) ** -0.5 if ctx.args[6] is None else ctx.args[6]
     ds = torch.zeros_like(p)
     if dq is not None:
         ds = ds + scale * (dq @ k.transpose(-1, -2))

@@ -6,7 +6,7 @@ import torch
 def scores(q, k, bias, key_lengths, causal, scale):
     """scale q k^T + bias, with -inf where a query may not see a key."""
     M, N = q.shape[2], k.shape[2]
-    s = (q * (q.shape[3] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+    s = (q * (max(q.shape[3], 1) ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
     if bias is not None:
         s = s + bias
     keys = torch.arange(N, device=q.device)
@@ -51,6 +51,6 @@ def attention_backward(dout, dlse, q, k, v, bias, key_lengths, out, lse, lse_low
     if dlse is not None:
         row = row + dlse.to(p.dtype).unsqueeze(-1)
     ds = p * (dp + row)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = max(q.shape[3], 1) ** -0.5 if scale is None else scale
     dbias = ds.sum_to_size(bias.shape) if bias_grad else q.new_empty(0)
     return (ds @ k) * scale, (ds.transpose(-1, -2) @ q) * scale, p.transpose(-1, -2) @ dout, dbias
