@@ -65,9 +65,9 @@ inline void clear(float* x, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes) store(x + i, f32{});
 }
 
-void keep(const Problem& p, const View& x, const Item& item, int64_t begin, int64_t rows, const float* sums, int64_t width, float scale) {
+void keep(const Problem& p, const View& x, const Item& item, int64_t begin, int64_t rows, const float* sums, int64_t width) {
   typed(p.type, [&]<class T>() {
-    for (int64_t i = 0; i < rows; ++i) unpack_row(p.E, sums + i * width, scale, row<T>(x, item.b, item.h, begin + i));
+    for (int64_t i = 0; i < rows; ++i) unpack_row(p.E, sums + i * width, 1.0f, row<T>(x, item.b, item.h, begin + i));
   });
 }
 
@@ -126,12 +126,12 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
         }
     }
     if (own_k) {
-      keep(p, o.dk, item, n0, keys, dk, w, 1.0f);
-      keep(p, o.dv, item, n0, keys, dv, w, 1.0f);
+      keep(p, o.dk, item, n0, keys, dk, w);
+      keep(p, o.dv, item, n0, keys, dv, w);
     }
   }
   scale_rows(dq, rows * w, p.scale);
-  if (own_q) keep(p, o.dq, item, item.m0, rows, dq, w, 1.0f);
+  if (own_q) keep(p, o.dq, item, item.m0, rows, dq, w);
 }
 
 void sum(const Problem& p, const View& x, int64_t S, const float* partial, int64_t splits, int64_t begin, int64_t end) {
