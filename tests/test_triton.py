@@ -122,7 +122,7 @@ def test_patches(name, grid, order):
 @pytest.mark.parametrize("mask", ["normal", "-inf"])
 def test_merge(sizes, dtype, layout, mask):
     example = _example("merge_attention", dtype, layout, {"lse_a": mask, "lse_b": mask}, **dict(zip("BHME", sizes, strict=True)))
-    properties.values(SUBJECTS["merge_attention"], example)
+    properties.gradients(SUBJECTS["merge_attention"], example)
     properties.written(SUBJECTS["merge_attention"], example)
 
 
@@ -193,10 +193,12 @@ def _calls(dtype):
     for B, H, M, N, E, masked in rows:
         q, k, v = made(B, M, H, E).transpose(1, 2), made(B, N, H, E).transpose(1, 2), made(B, N, H, E).transpose(1, 2)
         bias, lengths = (made(1, H, M, N), torch.full((B,), N)) if masked else (None, None)
-        lse = torch.empty(B, H, M)
+        lse, low = torch.empty(B, H, M), made(B, H, M, E if dtype.itemsize == 2 else 0)
         yield REGISTRY["attention"], (q, k, v, bias, lengths, masked, None)
-        yield REGISTRY["attention_backward"], (q, lse if masked else None, q, k, v, bias, lengths, q, lse, lse, masked, None, masked)
-    yield REGISTRY["merge_attention"], (made(2, 4, 256, 64), torch.empty(2, 4, 256), made(2, 4, 256, 64), torch.empty(2, 4, 256))
+        yield REGISTRY["attention_backward"], (q, lse if masked else None, q, k, v, bias, lengths, q, low, lse, lse, masked, None, masked)
+    part = (made(2, 4, 256, 64), torch.empty(2, 4, 256))
+    yield REGISTRY["merge_attention"], (*part, *part)
+    yield REGISTRY["merge_attention_backward"], (*part, *part, *part)
     for order in ("pqc", "cpq"):
         yield REGISTRY["patchify"], (made(2, 3, 64, 64), [8, 8], order)
         yield REGISTRY["unpatchify"], (made(2, 64, 192), [8, 8], [8, 8], order)

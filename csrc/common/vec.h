@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/dtype.h"
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -27,6 +29,16 @@ typedef uint16_t u16 __attribute__((vector_size(2 * kLanes)));
 // Storage types; arithmetic is in float32.
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+
+// f<T>() with T the storage type.
+template <class F>
+inline void typed(Type type, F&& f) {
+  switch (type) {
+    case Type::f32: return f.template operator()<float>();
+    case Type::bf16: return f.template operator()<bf16>();
+    case Type::f16: return f.template operator()<f16>();
+  }
+}
 
 inline f32 splat(float x) { return x - f32{}; }
 inline u32 splat(uint32_t x) { return x - u32{}; }

@@ -51,7 +51,8 @@ class Case:
 
     flops(**arguments) and bytes(element_size, **arguments): the least work of a call, from shapes alone (only benchmarks need them).
     batched: the tensor arguments with a leading batch axis along which samples are independent. heads: those with a second axis along
-    which heads are. linear: the op is linear in its tensors. bench: row name -> dims.
+    which heads are. linear: the op is linear in its tensors. bench: row name -> dims. fused: PyTorch's own fused op for the same
+    arguments and results, where it has one: its error is plain PyTorch's too.
     """
 
     dims: dict
@@ -63,6 +64,7 @@ class Case:
     linear: bool = False
     backward_flops: float = 2.0
     bench: dict = field(default_factory=dict)
+    fused: Callable | None = None
 
     def sizes(self, **given):
         """A full set of dims: `given`, and for the rest the first value of a OneOf or the lowest of a Dim."""

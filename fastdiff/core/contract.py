@@ -43,11 +43,11 @@ class Contract:
     mode works; with them, forward and backward are kernels and `backward` is written in ops that are differentiable themselves.
     """
 
-    def __init__(self, schema, outputs, values, reference, backends, module, autocast, entry):
+    def __init__(self, schema, outputs, values, reference, backends, module, autocast, entries):
         self.name = schema.split("(")[0]
         self.outputs, self.values, self.reference, self.module, self.autocast = outputs, values, reference, module, autocast
         self.backends = (*backends, _backend.reference(reference))
-        self._backward, self._entry = None, entry and _entry(entry)
+        self._backward, self._entries = None, tuple(filter(None, map(_entry, entries)))
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         kinds = [(i, a.name, str(a.type)) for i, a in enumerate(self.op._schema.arguments)]
@@ -75,20 +75,20 @@ class Contract:
         choose(self.name, self.backends, args).run(args, outs if isinstance(outs, tuple) else (outs,))
         return outs
 
-    def eager(self, args):
-        """The result of the native eager entry, where that is all the call needs; otherwise None.
+    def eager(self, args, entry=0):
+        """The result of a native eager entry, where that is all the call needs; otherwise None.
 
         args: the contract's required tensors, then what else the entry takes. It spares a tiny call this class's checks, allocation and
         choice: the entry recognises plain arguments itself and is silent about others, and where a mode, a transform or autocast is on.
         """
-        if self._entry is None or is_compiling() or FORCED.name not in (None, "cpu") or forward_ad._current_level >= 0 or _function_modes():
+        if not self._entries or is_compiling() or FORCED.name not in (None, "cpu") or forward_ad._current_level >= 0 or _function_modes():
             return None
         grad = _grad_enabled()
         for i in self._required:
             x = args[i]
             if type(x) not in _PLAIN or (grad and x.requires_grad):
                 return None
-        return self._entry(*args)
+        return self._entries[entry](*args)
 
     def _plain(self, args):
         """Whether torch's dispatcher would add nothing: no tracing, transform, mode, subclass or derivative is involved."""
@@ -187,14 +187,14 @@ def public():
     return {name: (function, made.cases()[name]) for made in REGISTRY.values() for name, function in made.public().items()}
 
 
-def contract(schema, *, outputs, reference, backends=(), module, values=None, autocast=False, entry=None):
+def contract(schema, *, outputs, reference, backends=(), module, values=None, autocast=False, entries=()):
     """Defines torch.ops.fastdiff.<name> and returns its Contract, kept in REGISTRY.
 
     outputs(*args): refuses bad input and allocates the results (real or fake). values(*args): refuses bad values, on real tensors alone.
     reference(*args): the meaning. backends: rows in order of preference (None is skipped); the reference is appended as the last.
-    module: the op folder's package name. autocast: cast as autocast casts matrix products. entry: name of the native eager entry, if
-    there is one (Contract.eager).
+    module: the op folder's package name. autocast: cast as autocast casts matrix products. entries: names of native eager
+    entries, if there are any (Contract.eager).
     """
-    made = Contract(schema, outputs, values, reference, tuple(b for b in backends if b), module, autocast, entry)
+    made = Contract(schema, outputs, values, reference, tuple(b for b in backends if b), module, autocast, entries)
     REGISTRY[made.name] = made
     return made

@@ -22,8 +22,8 @@ def error(tensor, ours, plain, exact, nearby=(), times=2):
     """Error of `ours` against `exact` (float64), under the limit times * max|plain - exact| + eps max|exact|.
 
     Plain PyTorch's error on one input can be nearly 0 by luck, the more so the fewer elements there are: `nearby` holds further
-    (plain, exact) of inputs that differ by a rounding, and its error is the largest of all. In float64 plain and exact would be the same
-    function: there `plain` is float32's, and 16 times its error, scaled to float64's eps, counts.
+    (plain, exact), of inputs that differ by a rounding or by PyTorch's own fused op, and its error is the largest of all. In float64 plain
+    and exact would be the same function: there `plain` is float32's, and 16 times its error, scaled to float64's eps, counts.
 
     Non-finite values must stand where `exact`, rounded to our dtype, has them. Where `exact` is finite and plain PyTorch overflows, ours
     may do either: those elements have no limit. Raises AssertionError for another shape or dtype than the reference's.

@@ -35,7 +35,7 @@ def recorded(contracts):
 
     with ExitStack() as stack:
         for c in contracts:
-            stack.enter_context(patched(c, outputs=wrap(c, c.outputs), _entry=None))
+            stack.enter_context(patched(c, outputs=wrap(c, c.outputs), _entries=()))
         yield calls
 
 
@@ -63,7 +63,7 @@ def guarded(contracts, fill):
 
     with ExitStack() as stack:
         for c in contracts:
-            stack.enter_context(patched(c, outputs=wrap(c, c.outputs), _entry=None))
+            stack.enter_context(patched(c, outputs=wrap(c, c.outputs), _entries=()))
         yield
     for name, memory, span in kept:
         for side, edge in (("before", memory[:GUARD]), ("after", memory[GUARD + span:])):

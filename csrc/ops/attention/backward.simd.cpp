@@ -23,8 +23,15 @@ struct Layout {
   }
 };
 
+// sum_e x[e] y[e] in each lane, one chain over e.
+inline f32 dots(int64_t n, const float* x, const float* y) {
+  f32 sum = {};
+  for (int64_t e = 0; e < n; ++e) sum += load(x + e * kLanes) * load(y + e * kLanes);
+  return sum;
+}
+
 // Three floats of each query: its log-sum-exp in two floats (+inf where it sees no key, so that every probability is 0), and
-// what the softmax takes off its row of dP: sum(dout * out) - dlse. That sum runs over E in one chain as dP's products do, so that a query
+// what the softmax takes off its row of dP: sum(dout * out) - dlse. The sum runs over E in one chain as dP's products do, so that a query
 // that sees one key alone gets a gradient of exactly 0. kLanes queries at a time, transposed into `x` and `y`.
 void row_stats(const Problem& p, const BackwardIn& in, const Item& item, float* x, float* y, float* stats) {
   for (int64_t m = item.m0; m < item.m1; m += kLanes) {
@@ -33,8 +40,11 @@ void row_stats(const Problem& p, const BackwardIn& in, const Item& item, float* 
       pack_transposed(n, p.E, row<T>(in.dout, item.b, item.h, m), in.dout.s, 1.0f, x);
       pack_transposed(n, p.E, row<T>(in.out, item.b, item.h, m), in.out.s, 1.0f, y);
     });
-    f32 sum = {};
-    for (int64_t e = 0; e < p.E; ++e) sum += load(x + e * kLanes) * load(y + e * kLanes);
+    f32 sum = dots(p.E, x, y);
+    if (in.out_low.data) {
+      typed(p.type, [&]<class T>() { pack_transposed(n, p.E, row<T>(in.out_low, item.b, item.h, m), in.out_low.s, 1.0f, y); });
+      sum += dots(p.E, x, y);
+    }
     for (int64_t i = 0; i < n; ++i, stats += 3) {
       stats[0] = in.lse[first + i] == -kInf ? kInf : in.lse[first + i];
       stats[1] = in.lse_low[first + i];

@@ -1,4 +1,4 @@
-// What forward and backward share: typed access to heads, and the bias and masks of a block of scores.
+// What forward and backward share: access to heads, and the bias and masks of a block of scores.
 #pragma once
 
 #include "common/gemm.h"
@@ -9,16 +9,6 @@ namespace fastdiff::attention::FASTDIFF_ISA {
 using namespace fastdiff::FASTDIFF_ISA;
 
 constexpr float kInf = __builtin_inff();
-
-// f<T>() with T the storage type.
-template <class F>
-inline void typed(Type type, F&& f) {
-  switch (type) {
-    case Type::f32: return f.template operator()<float>();
-    case Type::bf16: return f.template operator()<bf16>();
-    case Type::f16: return f.template operator()<f16>();
-  }
-}
 
 template <class T>
 inline T* row(const View& x, int64_t b, int64_t h, int64_t s) {

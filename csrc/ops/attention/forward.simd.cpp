@@ -36,6 +36,16 @@ inline void online_softmax(float* s, int64_t width, float* stats, float* out, in
     for (int64_t j = 0; j < out_width; j += kLanes) store(out + j, load(out + j) * shrink);
 }
 
+// What rounding left over of x * scale beside its rounded values, 0 where they are not finite.
+template <class T>
+void keep_low(int64_t n, const float* x, float scale, const T* rounded, T* low) {
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const int rest = static_cast<int>(least(kLanes, n - j));
+    const f32 over = load(x + j) * scale - load_n(rounded + j, rest);
+    store_n(low + j, over - over == 0.0f ? over : f32{}, rest);
+  }
+}
+
 // One finished row, its sums relative to `maximum`. The log-sum-exp is kept in two floats: of scores near 1e6 one float is off by
 // a tenth, and the backward's probabilities with it.
 void finish(const Problem& p, const ForwardOut& o, int64_t b, int64_t h, int64_t m, const float* sums, float maximum, float sum) {
@@ -43,10 +53,17 @@ void finish(const Problem& p, const ForwardOut& o, int64_t b, int64_t h, int64_t
     const int64_t at = (b * p.H + h) * p.M + m;
     const double lse = maximum + __builtin_log(sum);
     o.lse[at] = sum == 0.0f ? -kInf : static_cast<float>(lse);
-    const float low = static_cast<float>(lse - static_cast<double>(o.lse[at]));
-    o.lse_low[at] = __builtin_isfinite(low) ? low : 0.0f;
+    if (o.lse_low) {
+      const float low = static_cast<float>(lse - static_cast<double>(o.lse[at]));
+      o.lse_low[at] = __builtin_isfinite(low) ? low : 0.0f;
+    }
   }
-  typed(p.type, [&]<class T>() { unpack_row(p.E, sums, sum == 0.0f ? 0.0f : 1.0f / sum, row<T>(o.out, b, h, m)); });
+  const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
+  typed(p.type, [&]<class T>() {
+    T* out = row<T>(o.out, b, h, m);
+    unpack_row(p.E, sums, scale, out);
+    if (o.out_low.data) keep_low(p.E, sums, scale, out, row<T>(o.out_low, b, h, m));
+  });
 }
 
 void run(const Problem& p, const Plan& plan, const ForwardOut& o, int64_t index, float* scratch) {

@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <tuple>
 #include <vector>
 
-#include "common/eager.h"
+
 #include "common/parallel.h"
+#include "common/tensor.h"
 
 namespace fastdiff::attention {
 namespace {
@@ -20,21 +22,13 @@ using torch::stable::Tensor;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-Type type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::BFloat16: return Type::bf16;
-    case ScalarType::Half: return Type::f16;
-    default: return Type::f32;
-  }
-}
-
 View view(const Tensor& x) {
   const auto stride = x.strides();
   return {x.data_ptr(), stride[0], stride[1], stride[2]};
 }
 
-// The kernels read rows: the last stride is 1, or the tensor is copied once.
-Tensor with_rows(const Tensor& x) { return x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x); }
+// Absent (E = 0) beside float32, whose rounding is no larger than that of the sums.
+View low_view(const Tensor& x) { return x.size(3) ? view(x) : View{}; }
 
 const float* floats(const std::optional<Tensor>& x) { return x ? static_cast<const float*>(x->const_data_ptr()) : nullptr; }
 
@@ -101,52 +95,70 @@ Plan backward_plan(int64_t B, int64_t H, int64_t M, int64_t N, int64_t width) {
 
 std::vector<int64_t> plan_numbers(const Plan& p) { return {p.query_splits, p.query_rows, p.key_splits, p.key_chunk, p.query_block, p.key_block}; }
 
-void forward(const Problem& p, const View& out, float* lse, float* lse_low) {
+void forward(const Problem& p, const View& out, const View& out_low, float* lse, float* lse_low) {
   const ForwardKernels& kernels = pick_forward();
   const int64_t width = kernels.padded(p.E);
   const Plan plan = forward_plan(p.B, p.H, p.M, p.N, width);
   const int64_t items = plan.items(p), rows = plan.key_splits > 1 ? items * plan.query_rows : 0;
   const Buffer partial = allocate(rows * width), stats = allocate(rows * 2);
-  const ForwardOut o{out, lse, lse_low, partial.get(), stats.get()};
+  const ForwardOut o{out, out_low, lse, lse_low, partial.get(), stats.get()};
   for_items(items, kernels.scratch(p, plan), [&](int64_t item, float* scratch) { kernels.run(p, plan, o, item, scratch); });
   if (rows)
     for_items(items / plan.key_splits, 0, [&](int64_t group, float*) { kernels.merge(p, plan, o, group); });
 }
 
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias, const std::optional<Tensor>& key_lengths,
-               bool causal, std::optional<double> scale, const Tensor& out, const Tensor& lse, const Tensor& lse_low) {
+               bool causal, std::optional<double> scale, const Tensor& out, const Tensor& out_low,
+               const Tensor& lse, const Tensor& lse_low) {
   if (lse.numel() == 0) return;
   const Inputs in(q, k, v, bias, key_lengths, causal, scale);
-  forward(in.problem, view(out), static_cast<float*>(lse.mutable_data_ptr()), static_cast<float*>(lse_low.mutable_data_ptr()));
+  forward(in.problem, view(out), low_view(out_low), static_cast<float*>(lse.mutable_data_ptr()), static_cast<float*>(lse_low.mutable_data_ptr()));
+}
+
+// Whether an eager entry takes this call: native floats of one type, sizes that fit, q as dense as its result.
+bool is_plain(const Tensor& q, const Tensor& k, const Tensor& v) {
+  if (!is_native_float(q) || !k.is_cpu() || !v.is_cpu()) return false;
+  if (k.scalar_type() != q.scalar_type() || v.scalar_type() != q.scalar_type()) return false;
+  if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4 || !q.is_contiguous()) return false;
+  for (int i = 0; i < 4; ++i)
+    if (k.size(i) != v.size(i) || (i != 2 && k.size(i) != q.size(i))) return false;
+  return true;
 }
 
 std::optional<Tensor> attention_eager(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, std::optional<double> scale) {
-  if (!is_native_float(q) || !k.is_cpu() || !v.is_cpu()) return std::nullopt;
-  if (k.scalar_type() != q.scalar_type() || v.scalar_type() != q.scalar_type()) return std::nullopt;
-  if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4 || !q.is_contiguous()) return std::nullopt;
-  for (int i = 0; i < 4; ++i)
-    if (k.size(i) != v.size(i) || (i != 2 && k.size(i) != q.size(i))) return std::nullopt;
+  if (!is_plain(q, k, v)) return std::nullopt;
   const Tensor out = empty_like_type<4>(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
-  if (out.numel()) forward(Inputs(q, k, v, std::nullopt, std::nullopt, causal, scale).problem, view(out), nullptr, nullptr);
+  if (out.numel()) forward(Inputs(q, k, v, std::nullopt, std::nullopt, causal, scale).problem, view(out), View{}, nullptr, nullptr);
   return out;
 }
 
+std::tuple<std::optional<Tensor>, std::optional<Tensor>> attention_with_lse_eager(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                                                  bool causal, std::optional<double> scale) {
+  if (!is_plain(q, k, v)) return {};
+  const Tensor out = empty_like_type<4>(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+  const Tensor lse = empty_floats<3>({q.size(0), q.size(1), q.size(2)});
+  if (lse.numel())
+    forward(Inputs(q, k, v, std::nullopt, std::nullopt, causal, scale).problem, view(out), View{},
+            static_cast<float*>(lse.mutable_data_ptr()), nullptr);
+  return {out, lse};
+}
+
 void attention_backward(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-                        const std::optional<Tensor>& bias, const std::optional<Tensor>& key_lengths, const Tensor& out, const Tensor& lse,
-                        const Tensor& lse_low, bool causal, std::optional<double> scale, bool bias_grad, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& key_lengths, const Tensor& out, const Tensor& out_low,
+                        const Tensor& lse, const Tensor& lse_low, bool causal, std::optional<double> scale, bool bias_grad, const Tensor& dq, const Tensor& dk, const Tensor& dv,
                         const Tensor& dbias) {
   const Inputs inputs(q, k, v, bias, key_lengths, causal, scale);
   const Problem& p = inputs.problem;
   const BackwardKernels& kernels = pick_backward();
   const int64_t heads = p.B * p.H, width = kernels.padded(p.E);
   const Plan plan = backward_plan(p.B, p.H, p.M, p.N, width);
-  const Tensor y = with_rows(out), dy = with_rows(dout), rows = torch::stable::contiguous(lse), low = torch::stable::contiguous(lse_low);
+  const Tensor y = with_rows(out), y_low = with_rows(out_low), dy = with_rows(dout), rows = torch::stable::contiguous(lse), low = torch::stable::contiguous(lse_low);
   std::optional<Tensor> drows;
   if (dlse) drows = torch::stable::contiguous(*dlse);
   const Buffer dq_partial = allocate(plan.key_splits > 1 ? plan.key_splits * heads * p.M * width : 0);
   const int64_t per_key = plan.query_splits > 1 ? plan.query_splits * heads * p.N * width : 0;
   const Buffer dk_partial = allocate(per_key), dv_partial = allocate(per_key);
-  const BackwardIn in{view(y), view(dy), floats(rows), floats(low), floats(drows)};
+  const BackwardIn in{view(y), low_view(y_low), view(dy), floats(rows), floats(low), floats(drows)};
   // A bias that is one number for all keys of a query moves its log-sum-exp and nothing else: its gradient is dlse, exactly.
   const bool by_row = bias_grad && dbias.size(3) == 1, by_score = bias_grad && !by_row;
   const bool reduce_bias = by_score && dbias.numel() != heads * p.M * p.N;
@@ -181,16 +193,20 @@ std::vector<int64_t> attention_plan(int64_t B, int64_t H, int64_t M, int64_t N, 
 }  // namespace fastdiff::attention
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) {
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, bool causal, float? scale, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) lse_low) -> ()");
   m.def(
-      "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, Tensor out, Tensor lse, "
-      "Tensor lse_low, bool causal, float? scale, bool bias_grad, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dbias) -> ()");
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, bool causal, float? scale, Tensor(a!) out, "
+      "Tensor(b!) out_low, Tensor(c!) lse, Tensor(d!) lse_low) -> ()");
+  m.def(
+      "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, Tensor out, "
+      "Tensor out_low, Tensor lse, Tensor lse_low, bool causal, float? scale, bool bias_grad, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dbias) -> ()");
   m.def("attention_eager(Tensor q, Tensor k, Tensor v, bool causal, float? scale) -> Tensor?");
+  m.def("attention_with_lse_eager(Tensor q, Tensor k, Tensor v, bool causal, float? scale) -> (Tensor?, Tensor?)");
   m.def("attention_plan(int B, int H, int M, int N, int E, bool backward) -> int[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CPU, m) {
   m.impl("attention", TORCH_BOX(&fastdiff::attention::attention));
   m.impl("attention_eager", TORCH_BOX(&fastdiff::attention::attention_eager));
+  m.impl("attention_with_lse_eager", TORCH_BOX(&fastdiff::attention::attention_with_lse_eager));
   m.impl("attention_backward", TORCH_BOX(&fastdiff::attention::attention_backward));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CompositeExplicitAutograd, m) {

@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "common/isa.h"
 
 namespace fastdiff::attention {
-
-enum class Type { f32, bf16, f16 };
 
 // (B, H, S, E) memory; strides in elements, the last is 1.
 struct View {
@@ -55,8 +54,8 @@ struct Item {
 };
 
 struct ForwardOut {
-  View out;
-  float *lse, *lse_low;  // (B, H, M): natural log-sum-exp, rounded, and what rounding left over; or null both
+  View out, out_low;     // out_low: what rounding to half precision left over of out, or null
+  float *lse, *lse_low;  // (B, H, M): natural log-sum-exp, rounded, and what rounding left over; each or both may be null
   // With more than one key split: unnormalised rows (items, query_rows, padded E), their maxima and sums (items, query_rows, 2).
   float *partial, *partial_stats;
 };
@@ -70,7 +69,7 @@ struct ForwardKernels {
 };
 
 struct BackwardIn {
-  View out, dout;
+  View out, out_low, dout;  // out_low as in ForwardOut
   const float *lse, *lse_low, *dlse;  // contiguous (B, H, M); dlse may be null
 };
 

@@ -1,14 +1,12 @@
 #include "ops/merge_attention/op.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 
-#include "common/eager.h"
+#include "common/tensor.h"
 
 namespace fastdiff::merge_attention {
 namespace {
@@ -16,33 +14,38 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Type type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::BFloat16: return Type::bf16;
-    case ScalarType::Half: return Type::f16;
-    default: return Type::f32;
-  }
-}
-
-Tensor with_rows(const Tensor& x) { return x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x); }
-
-Side side(const Tensor& rows, const Tensor& lse) {
-  return {rows.const_data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2), static_cast<const float*>(lse.const_data_ptr())};
-}
+View view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+Side side(const Tensor& out, const Tensor& lse) { return {view(out), static_cast<const float*>(lse.const_data_ptr())}; }
+Result result(const Tensor& out, const Tensor& lse) { return {out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr())}; }
+Sizes sizes(const Tensor& out) { return {type_of(out), out.size(1), out.size(2), out.size(3)}; }
+// Rows per thread worth waking one for: 32 KiB of float32.
+int64_t grain(const Sizes& n) { return std::max<int64_t>(1, 8192 / (n.E + 8)); }
 
 void merge_attention(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b, const Tensor& out, const Tensor& lse) {
   if (lse.numel() == 0) return;
   const Tensor x = with_rows(out_a), y = with_rows(out_b);
   const Tensor x_lse = torch::stable::contiguous(lse_a), y_lse = torch::stable::contiguous(lse_b);
-  const Side left = side(x, x_lse), right = side(y, y_lse);
-  const Type type = type_of(out);
-  const int64_t H = out.size(1), M = out.size(2), E = out.size(3);
-  void* o = out.mutable_data_ptr();
-  float* l = static_cast<float*>(lse.mutable_data_ptr());
-  // 32 KiB of float32 rows is worth a thread.
-  torch::stable::parallel_for(0, lse.numel(), std::max<int64_t>(1, 8192 / (E + 8)), [&](int64_t begin, int64_t end) {
-    pick_kernels().merge(type, left, right, H, M, E, o, l, begin, end);
-  });
+  const Sizes n = sizes(out);
+  const Side a = side(x, x_lse), b = side(y, y_lse);
+  const Result merged = result(out, lse);
+  torch::stable::parallel_for(0, lse.numel(), grain(n),
+                              [&](int64_t begin, int64_t end) { pick_kernels().merge(n, a, b, merged, begin, end); });
+}
+
+void merge_attention_backward(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
+                              const Tensor& lse_b, const Tensor& dout_a, const Tensor& dlse_a, const Tensor& dout_b, const Tensor& dlse_b) {
+  if (dlse_a.numel() == 0) return;
+  const Tensor dy = with_rows(dout), x = with_rows(out_a), y = with_rows(out_b);
+  const Tensor x_lse = torch::stable::contiguous(lse_a), y_lse = torch::stable::contiguous(lse_b);
+  std::optional<Tensor> rows;
+  if (dlse) rows = torch::stable::contiguous(*dlse);
+  const float* row_grads = rows ? static_cast<const float*>(rows->const_data_ptr()) : nullptr;
+  const Sizes n = sizes(out_a);
+  const View d = view(dy);
+  const Side a = side(x, x_lse), b = side(y, y_lse);
+  const Result da = result(dout_a, dlse_a), db = result(dout_b, dlse_b);
+  torch::stable::parallel_for(0, dlse_a.numel(), grain(n),
+                              [&](int64_t begin, int64_t end) { pick_kernels().backward(n, d, row_grads, a, b, da, db, begin, end); });
 }
 
 std::tuple<std::optional<Tensor>, std::optional<Tensor>> merge_attention_eager(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
@@ -65,8 +68,12 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>> merge_attention_eager(c
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) {
   m.def("merge_attention_eager(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor?, Tensor?)");
   m.def("merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "merge_attention_backward(Tensor dout, Tensor? dlse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor(a!) dout_a, "
+      "Tensor(b!) dlse_a, Tensor(c!) dout_b, Tensor(d!) dlse_b) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CPU, m) {
   m.impl("merge_attention", TORCH_BOX(&fastdiff::merge_attention::merge_attention));
+  m.impl("merge_attention_backward", TORCH_BOX(&fastdiff::merge_attention::merge_attention_backward));
   m.impl("merge_attention_eager", TORCH_BOX(&fastdiff::merge_attention::merge_attention_eager));
 }

@@ -66,22 +66,21 @@ void runs(const Row<T>& r, int64_t n, int64_t repeats, int64_t image_step, int64
       move_run<T, ToTokens>(r.image + c * image_step + g * image_patch, r.tokens + c * token_step + g * r.width, n);
 }
 
-// Planes of pixels <-> pixels of C channels, a vector of each at a time. Which source vector and lane an output lane takes is known at
+// Planes of pixels <-> pixels of C channels, L pixels at a time. Which source vector and lane an output lane takes is known at
 // compile time; sources join one by one, so an output vector costs C - 1 two-source shuffles.
-template <class T, int C, bool Interleave>
+template <class T, int C, bool Interleave, int L>
 struct Shuffle {
-  static constexpr int kCount = 4 * kLanes / sizeof(T);
-  typedef T Vec __attribute__((vector_size(4 * kLanes)));
+  typedef T Vec __attribute__((vector_size(L * sizeof(T))));
 
-  struct Masks { T lane[C][C - 1][kCount]; };
+  struct Masks { T lane[C][C - 1][L]; };
   static constexpr Masks make() {
     Masks m{};
     for (int out = 0; out < C; ++out)
       for (int step = 0; step < C - 1; ++step)
-        for (int l = 0; l < kCount; ++l) {
-          const int element = Interleave ? out * kCount + l : l * C + out;
-          const int source = Interleave ? element % C : element / kCount, lane = Interleave ? element / C : element % kCount;
-          m.lane[out][step][l] = source == step + 1 ? kCount + lane : step == 0 ? lane : l;
+        for (int l = 0; l < L; ++l) {
+          const int element = Interleave ? out * L + l : l * C + out;
+          const int source = Interleave ? element % C : element / L, lane = Interleave ? element / C : element % L;
+          m.lane[out][step][l] = source == step + 1 ? L + lane : step == 0 ? lane : l;
         }
     return m;
   }
@@ -98,9 +97,21 @@ struct Shuffle {
   }
 };
 
-// A row through a buffer of interleaved pixels in L1, whole patches at a time: shuffles on one side, runs of q * C on the other.
+// A row whose patches are whole vectors of L pixels wide.
+template <class T, bool ToTokens, int C, int L>
+void by_vectors(const Row<T>& r) {
+  for (int64_t g = 0; g < r.patches; ++g)
+    for (int64_t j = 0; j < r.q; j += L) {
+      T *planes[C], *block[C];
+      for (int c = 0; c < C; ++c) planes[c] = r.image + c * r.channel_stride + g * r.q + j, block[c] = r.tokens + g * r.width + j * C + c * L;
+      if constexpr (ToTokens) Shuffle<T, C, true, L>::run(planes, block);
+      else Shuffle<T, C, false, L>::run(block, planes);
+    }
+}
+
+// Any row, through a buffer of interleaved pixels in L1, whole patches at a time: shuffles on one side, runs of q * C on the other.
 template <class T, bool ToTokens, int C>
-void interleave(const Row<T>& r) {
+void by_buffer(const Row<T>& r) {
   constexpr int kBuffer = 4096, kCount = 4 * kLanes / sizeof(T);
   T buffer[kBuffer];
   const int64_t run = r.q * C, batch = kBuffer / run;
@@ -113,13 +124,22 @@ void interleave(const Row<T>& r) {
     for (; x + kCount <= pixels; x += kCount) {
       T *planes[C], *block[C];
       for (int c = 0; c < C; ++c) planes[c] = image + c * r.channel_stride + x, block[c] = buffer + x * C + c * kCount;
-      if constexpr (ToTokens) Shuffle<T, C, true>::run(planes, block);
-      else Shuffle<T, C, false>::run(block, planes);
+      if constexpr (ToTokens) Shuffle<T, C, true, kCount>::run(planes, block);
+      else Shuffle<T, C, false, kCount>::run(block, planes);
     }
     for (; x < pixels; ++x)
       for (int c = 0; c < C; ++c) move<T, ToTokens>(image + c * r.channel_stride + x, buffer + x * C + c);
     if constexpr (ToTokens) runs<T, true>(pass, run, 1, 0, 0, run);
   }
+}
+
+template <class T, bool ToTokens, int C>
+void interleave(const Row<T>& r) {
+  constexpr int kLeast = 16 / sizeof(T);  // vectors of less than 16 bytes lose to the buffer
+  if (kLanes >= 16 && r.q % (4 * kLeast) == 0) return by_vectors<T, ToTokens, C, 4 * kLeast>(r);
+  if (kLanes >= 8 && r.q % (2 * kLeast) == 0) return by_vectors<T, ToTokens, C, 2 * kLeast>(r);
+  if (r.q % kLeast == 0) return by_vectors<T, ToTokens, C, kLeast>(r);
+  by_buffer<T, ToTokens, C>(r);
 }
 
 template <class T, bool ToTokens>
@@ -146,6 +166,13 @@ void rows(const Shape& s, T* image, T* tokens, int64_t begin, int64_t end) {
     for (int64_t i0 = 0; i0 < p[0]; ++i0)
       for (int64_t i1 = 0; i1 < p[1]; ++i1) {
         const int64_t line = i0 * p[1] + i1;
+        // A row touches a part of every token of its piece: processors foresee the image's rows, but not that. The next piece's tokens are
+        // fetched meanwhile, a slice with every row.
+        if (piece + 1 < end) {
+          const int64_t slice = g[2] * p[2] * s.channels;
+          const T* next = tokens + (piece + 1) * g[2] * width + line * slice;
+          for (int64_t j = 0; j < slice; j += 64 / int64_t{sizeof(T)}) __builtin_prefetch(next + j, ToTokens, 2);
+        }
         Row<T> r{image + b * s.stride[0] + (g0 * p[0] + i0) * s.stride[2] + (g1 * p[1] + i1) * s.stride[3],
                  tokens + piece * g[2] * width + line * p[2] * (s.channels_last ? s.channels : 1),
                  g[2], p[2], s.channels, s.stride[1], s.stride[4], width,

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <optional>
 
-#include "common/eager.h"
+#include "common/tensor.h"
 #include "ops/patchify/shape.h"
 
 namespace fastdiff::patchify {

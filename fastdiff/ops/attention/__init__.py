@@ -35,13 +35,16 @@ def _empty_heads(x):
 def _outputs(q, k, v, bias, key_lengths, causal, scale):
     _check("attention", q, k, v, bias, key_lengths)
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
-    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=wide), q.new_empty(q.shape[:3], dtype=wide)
+    rounds = q.shape[3] if q.dtype.itemsize == 2 else 0
+    return (_empty_heads(q), q.new_empty((*q.shape[:3], rounds)), q.new_empty(q.shape[:3], dtype=wide),
+            q.new_empty(q.shape[:3], dtype=wide))
 
 
-def _backward_outputs(dout, dlse, q, k, v, bias, key_lengths, out, lse, lse_low, causal, scale, bias_grad):
+def _backward_outputs(dout, dlse, q, k, v, bias, key_lengths, out, out_low, lse, lse_low, causal, scale, bias_grad):
     op = "attention_backward"
     _check(op, q, k, v, bias, key_lengths)
     dims(op, q=(q, "B H M E"), dout=(dout, "B H M E"), out=(out, "B H M E"))
+    dims(op, out_low=(out_low, "B H M E"))  # E = 0 beside float32
     dims(op, lse=(lse, "B H M"), lse_low=(lse_low, "B H M"), dlse=(dlse, "B H M"))  # float32 beside half-precision q
     return _empty_heads(q), _empty_heads(k), _empty_heads(v), q.new_empty(bias.shape if bias_grad else (0,))
 
@@ -66,34 +69,35 @@ def _cpu_plan(q, k, backward):
 
 
 ATTENTION = contract(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, bool causal, float? scale) -> (Tensor, Tensor, Tensor)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, bool causal, float? scale) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     outputs=_outputs, values=lambda q, k, v, bias, key_lengths, *_: _check_lengths(q, k, key_lengths), reference=reference.attention,
     backends=(triton.FORWARD, cpu("attention", plan=lambda q, k, *_: _cpu_plan(q, k, False))), module=__name__, autocast=True,
-    entry="attention_eager")
+    entries=("attention_eager", "attention_with_lse_eager"))
 BACKWARD = contract(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, Tensor out, "
-    "Tensor lse, Tensor lse_low, bool causal, float? scale, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor out_low, Tensor lse, Tensor lse_low, bool causal, float? scale, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     outputs=_backward_outputs, reference=reference.attention_backward, module=__name__,
     backends=(triton.BACKWARD, cpu("attention_backward", plan=lambda dout, dlse, q, k, *_: _cpu_plan(q, k, True))))
 
 
 def _save(ctx, args, outs):
-    ctx.mark_non_differentiable(outs[2])
+    ctx.mark_non_differentiable(outs[1], outs[3])
     return (*args[:5], *outs)
 
 
-def _backward(ctx, dout, dlse, _):
-    q, k, v, bias, key_lengths, out, lse, lse_low = ctx.saved_tensors
+def _backward(ctx, dout, _, dlse, __):
+    q, k, v, bias, key_lengths, out, out_low, lse, lse_low = ctx.saved_tensors
     wanted = ctx.wants[:4]
     if (dout is None and dlse is None) or not any(wanted):
         return (None,) * 7
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = BACKWARD(dout, dlse, q, k, v, bias, key_lengths, out, lse, lse_low, *ctx.args[5:], wanted[3])
+    grads = BACKWARD(dout, dlse, q, k, v, bias, key_lengths, out, out_low, lse, lse_low, *ctx.args[5:], wanted[3])
     return *(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None, None
 
 
 def _jvp(ctx, dq, dk, dv, dbias, *rest):
-    q, k, v, bias, key_lengths, _, lse, _ = ctx.saved_tensors
+    q, k, v, bias, key_lengths, *_, lse, _ = ctx.saved_tensors
     p = reference.softmax(reference.scores(q, k, bias, key_lengths, *ctx.args[5:]))
     scale = max(q.shape[3], 1) ** -0.5 if ctx.args[6] is None else ctx.args[6]
     ds = torch.zeros_like(p)
@@ -105,7 +109,7 @@ def _jvp(ctx, dq, dk, dv, dbias, *rest):
         ds = ds + dbias
     dlse = (p * ds).sum(-1, keepdim=True)
     dout = (p * (ds - dlse)) @ v
-    return dout if dv is None else dout + p @ dv, dlse[..., 0].to(lse.dtype), None
+    return dout if dv is None else dout + p @ dv, None, dlse[..., 0].to(lse.dtype), None
 
 
 ATTENTION.autograd(save=_save, backward=_backward, jvp=_jvp)
@@ -123,13 +127,13 @@ def _vmap(info, in_dims, *args):
     q, V = args[0], info.batch_size
     B = q.shape[0] if in_dims[0] is None else q.movedim(in_dims[0], 0).shape[1]
     outs = ATTENTION(*(_fold(x, d, V, B) for x, d in zip(args[:5], in_dims[:5], strict=True)), *args[5:])
-    return tuple(x.unflatten(0, (V, B)) for x in outs), (0, 0, 0)
+    return tuple(x.unflatten(0, (V, B)) for x in outs), (0, 0, 0, 0)
 
 
 def _vmap_backward(info, in_dims, *args):
     dout, bias, V = args[0], args[5], info.batch_size
     B = dout.shape[0] if in_dims[0] is None else dout.movedim(in_dims[0], 0).shape[1]
-    *grads, dbias = BACKWARD(*(_fold(x, d, V, B) for x, d in zip(args[:10], in_dims[:10], strict=True)), *args[10:])
+    *grads, dbias = BACKWARD(*(_fold(x, d, V, B) for x, d in zip(args[:11], in_dims[:11], strict=True)), *args[11:])
     grads = [x.unflatten(0, (V, B)) for x in grads]
     if not args[-1]:
         return (*grads, dbias), (0, 0, 0, None)
@@ -178,5 +182,11 @@ def attention_with_lse(q, k, v, *, bias=None, key_lengths=None, causal=False, sc
     Raises   as in `attention`
     Source   Dao et al. 2022, section 3.1; merge partial results with `merge_attention`
     """
-    bias, causal, scale = _options(bias, causal, scale)
-    return ATTENTION(q, k, v, bias, key_lengths, causal, scale)[:2]
+    if bias is not None or causal is not False or scale is not None:
+        bias, causal, scale = _options(bias, causal, scale)
+    if bias is None and key_lengths is None:
+        both = ATTENTION.eager((q, k, v, causal, scale), entry=1)
+        if both is not None and both[0] is not None:
+            return both
+    out, _, lse, _ = ATTENTION(q, k, v, bias, key_lengths, causal, scale)
+    return out, lse

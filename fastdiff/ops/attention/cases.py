@@ -1,8 +1,12 @@
 """Sizes, inputs, work and benchmark shapes of attention."""
 
+from dataclasses import replace
 from math import prod
 
+import torch.nn.functional as F
+
 from ...core.case import Array, Case, Dim, Integers, OneOf
+from . import reference
 
 _BIAS = {"full": "BHMN", "heads": "HMN", "shared": "MN", "keys": "BN", "one head": "BMN"}
 
@@ -46,10 +50,21 @@ _BENCH = {
     "Perceiver AR H16 M1024 N8192 E64 causal": _row(1, 16, 1024, 8192, 64, causal=True),
 }
 
+def _sdpa(q, k, v, bias, key_lengths, causal, scale):
+    mask = None
+    if bias is not None or key_lengths is not None or causal:
+        mask = reference.scores(q[..., :0], k[..., :0], bias, key_lengths, causal, scale)  # 0, bias, -inf
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _sdpa_with_lse(q, k, v, bias, key_lengths, causal, scale):
+    return (_sdpa(q, k, v, bias, key_lengths, causal, scale), reference.logsumexp(reference.scores(q, k, bias, key_lengths, causal, scale)))
+
+
 _CASE = Case(
     dims=dict(B=Dim(0, 3), H=Dim(1, 3), M=Dim(0, 160), N=Dim(0, 300), E=Dim(1, 80), bias=OneOf(None, *_BIAS), lengths=OneOf(False, True),
               causal=OneOf(False, True), scale=OneOf(None, 0.37)),
     arguments=_arguments, flops=_flops, bytes=_bytes, batched=("q", "k", "v", "key_lengths"), heads=("q", "k", "v"),
-    backward_flops=2.5, bench=_BENCH)
+    backward_flops=2.5, bench=_BENCH, fused=_sdpa)
 
-CASES = {"attention": _CASE, "attention_with_lse": _CASE}
+CASES = {"attention": _CASE, "attention_with_lse": replace(_CASE, fused=_sdpa_with_lse)}

@@ -33,16 +33,17 @@ def logsumexp(s):
 
 
 def attention(q, k, v, bias=None, key_lengths=None, causal=False, scale=None):
-    """(out, lse, lse_low): lse the log-sum-exp of the scores, lse_low what its rounding left over (a kernel may know it; here 0).
+    """(out, out_low, lse, lse_low): lse the log-sum-exp of the scores, *_low what rounding left over (a kernel may know it; here 0).
 
     A query with no key gives out = 0, lse = -inf.
     """
     s = scores(q, k, bias, key_lengths, causal, scale)
     lse = logsumexp(s)
-    return softmax(s) @ v, lse, torch.zeros_like(lse)
+    out = softmax(s) @ v
+    return out, out.new_zeros((*out.shape[:3], out.shape[3] if out.dtype.itemsize == 2 else 0)), lse, torch.zeros_like(lse)
 
 
-def attention_backward(dout, dlse, q, k, v, bias, key_lengths, out, lse, lse_low, causal, scale, bias_grad):
+def attention_backward(dout, dlse, q, k, v, bias, key_lengths, out, out_low, lse, lse_low, causal, scale, bias_grad):
     """Gradients (dq, dk, dv, dbias) of attention's (out, lse); dbias is empty unless wanted."""
     p = softmax(scores(q, k, bias, key_lengths, causal, scale))
     dp = dout @ v.transpose(-1, -2)

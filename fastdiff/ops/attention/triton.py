@@ -66,6 +66,27 @@ def _logits(s, logit_scale, bias_ptr, bias_strides, o_m, o_n, M, N, end, CAUSAL:
 
 
 @jit
+def _place(rows, splits, H, BLOCK: tl.constexpr):
+    """(first row, share, head, its batch, its number there) of a program on the grid B H splits cdiv(rows, BLOCK), blocks innermost."""
+    blocks = tl.cdiv(rows, BLOCK)
+    pid = tl.program_id(0).to(tl.int64)
+    i_bh = pid // blocks // splits
+    return (pid % blocks * BLOCK).to(tl.int32), pid // blocks % splits, i_bh, i_bh // H, i_bh % H
+
+
+@jit
+def _keys(i_s, per, lengths_ptr, lengths_stride, i_b, start, M, N, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
+    """[begin, end): the keys of share i_s that some query of the block at `start` sees."""
+    begin = (i_s * per).to(tl.int32)
+    end = tl.minimum(begin + per, N)
+    if lengths_ptr is not None:
+        end = tl.minimum(end, tl.load(lengths_ptr + i_b * lengths_stride).to(tl.int32))
+    if CAUSAL:
+        end = tl.minimum(end, start + BLOCK_M + (N - M))
+    return begin, end
+
+
+@jit
 def _exp(x, NATURAL: tl.constexpr):
     """exp of a difference of logits."""
     if NATURAL:
@@ -92,25 +113,29 @@ def _log_sum_exp(top, total, NATURAL: tl.constexpr):
 
 
 @jit
-def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, low_ptr, logit_scale, B, H, M, N, splits, per, q_strides,
-             k_strides, v_strides, bias_strides, lengths_stride, out_strides, SHARED: tl.constexpr, CAUSAL: tl.constexpr,
+def _store_low(low_ptr, y, i_bh, start, M, ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
+    """What rounding y to the memory's dtype leaves over, into contiguous (B, H, M, E); 0 where y overflows; nothing without memory."""
+    if low_ptr is not None:
+        low = y - narrow(y, low_ptr.dtype.element_ty).to(tl.float32)
+        store_tile(low_ptr + i_bh * M * E, tl.where(tl.abs(low) < float("inf"), low, 0.0), start, E, M, ROWS, FIRST, WIDTH, E)
+
+
+@jit
+def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, out_low_ptr, lse_ptr, low_ptr, logit_scale, B, H, M, N, splits,
+             per, q_strides, k_strides, v_strides, bias_strides, lengths_stride, out_strides, SHARED: tl.constexpr, CAUSAL: tl.constexpr,
              MASK: tl.constexpr, NATURAL: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, E: tl.constexpr,
              PADDED: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """out, lse of a block of queries over the keys [per i_s, per (i_s + 1)); if SHARED, what `_merge` makes them of.
 
     grid    B H splits cdiv(M, BLOCK_M), query blocks innermost: neighbours read the same keys
-    layout  q, k, v (B, H, rows, E), out (splits, B, H, M, E), any strides but the last, which is 1; lse, low (splits, B, H, M)
-            contiguous; bias (B, H, M, N), any strides, or None; lengths (B,) or None. Strides of inputs of four axes
-            are given in UNITs, those of outputs in OUT_UNITs; inputs have PADDED columns, zero from column E on
+    layout  q, k, v (B, H, rows, E), out (splits, B, H, M, E), any strides but the last, which is 1; out_low (B, H, M, E) or None,
+            lse, low (splits, B, H, M) contiguous; bias (B, H, M, N), any strides, or None; lengths (B,) or None. Strides of inputs of
+            four axes are given in UNITs, those of outputs in OUT_UNITs; inputs have PADDED columns, zero from column E on
     math    S = q k^T in fp32; running maximum and sum, P rounded to q's dtype for P v, out normalised at the end, 0
             without a key; if SHARED out is left as the sum, and the maximum and the sum of P stand for lse and low
     needs   E1 + E2 >= E, each a power of two >= 16 (E2 may be 0); MASK unless every block of keys is seen whole; per % BLOCK_N = 0
     """
-    blocks = tl.cdiv(M, BLOCK_M)
-    pid = tl.program_id(0).to(tl.int64)
-    start = (pid % blocks * BLOCK_M).to(tl.int32)
-    i_s, i_bh = pid // blocks % splits, pid // blocks // splits
-    i_b, i_h = i_bh // H, i_bh % H
+    start, i_s, i_bh, i_b, i_h = _place(M, splits, H, BLOCK_M)
     o_m = start + tl.arange(0, BLOCK_M)
     q_ptr += (i_b * q_strides[0] + i_h * q_strides[1]) * UNIT
     k_ptr += (i_b * k_strides[0] + i_h * k_strides[1]) * UNIT
@@ -118,13 +143,7 @@ def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, low_p
     if bias_ptr is not None:
         bias_ptr += i_b * bias_strides[0] + i_h * bias_strides[1]
 
-    begin = (i_s * per).to(tl.int32)
-    end = tl.minimum(begin + per, N)
-    if lengths_ptr is not None:
-        end = tl.minimum(end, tl.load(lengths_ptr + i_b * lengths_stride).to(tl.int32))
-    if CAUSAL:
-        end = tl.minimum(end, start + BLOCK_M + (N - M))
-
+    begin, end = _keys(i_s, per, lengths_ptr, lengths_stride, i_b, start, M, N, CAUSAL, BLOCK_M)
     q1 = load_tile(q_ptr, start, q_strides[2], M, BLOCK_M, 0, E1, PADDED, UNIT)
     acc1 = tl.zeros([BLOCK_M, E1], tl.float32)
     if E2:
@@ -164,23 +183,24 @@ def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, low_p
             acc2 = acc2 / total
     out_ptr += (i_s * out_strides[0] + i_b * out_strides[1] + i_h * out_strides[2]) * OUT_UNIT
     store_tile(out_ptr, acc1, start, out_strides[3], M, BLOCK_M, 0, E1, E, OUT_UNIT)
+    _store_low(out_low_ptr, acc1, i_bh, start, M, BLOCK_M, 0, E1, E)
     if E2:
         store_tile(out_ptr, acc2, start, out_strides[3], M, BLOCK_M, E1, E2, E, OUT_UNIT)
+        _store_low(out_low_ptr, acc2, i_bh, start, M, BLOCK_M, E1, E2, E)
 
 
 @jit
-def _merge(parts_ptr, tops_ptr, totals_ptr, out_ptr, lse_ptr, low_ptr, B, H, M, splits, out_strides, NATURAL: tl.constexpr,
+def _merge(parts_ptr, tops_ptr, totals_ptr, out_ptr, out_low_ptr, lse_ptr, low_ptr, B, H, M, splits, out_strides, NATURAL: tl.constexpr,
            E: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """out = sum_s w_s part_s / total, total = sum_s w_s total_s, w_s = exp(top_s - top), first split to last; lse = top + log(total).
 
     grid    B H cdiv(M, ROWS), row blocks innermost
-    layout  parts (splits, B, H, M, E), tops, totals (splits, B, H, M), lse, low (B, H, M) contiguous; out (B, H, M, E), last stride 1
+    layout  parts (splits, B, H, M, E), tops, totals (splits, B, H, M), out_low (B, H, M, E) or None, lse, low (B, H, M)
+            contiguous; out (B, H, M, E), last stride 1
     math    fp32, rounded once; 0 and -inf where no split has a key
     needs   WIDTH a power of two, at least E
     """
-    blocks = tl.cdiv(M, ROWS)
-    pid = tl.program_id(0).to(tl.int64)
-    start, i_bh = pid % blocks * ROWS, pid // blocks
+    start, _, i_bh, i_b, i_h = _place(M, 1, H, ROWS)
     o_m = start + tl.arange(0, ROWS)
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -198,24 +218,34 @@ def _merge(parts_ptr, tops_ptr, totals_ptr, out_ptr, lse_ptr, low_ptr, B, H, M, 
     tl.store(lse_ptr + i_bh * M + o_m, lse, mask=o_m < M)
     tl.store(low_ptr + i_bh * M + o_m, low, mask=o_m < M)
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    store_tile(out_ptr + i_bh // H * out_strides[0] + i_bh % H * out_strides[1], acc, start, out_strides[2], M, ROWS, 0, WIDTH, E)
+    store_tile(out_ptr + i_b * out_strides[0] + i_h * out_strides[1], acc, start, out_strides[2], M, ROWS, 0, WIDTH, E)
+    _store_low(out_low_ptr, acc, i_bh, start, M, ROWS, 0, WIDTH, E)
 
 
 @jit
-def _statistics(dout_ptr, out_ptr, lse_ptr, low_ptr, dlse_ptr, stats_ptr, B, H, M, dout_strides, out_strides, dlse_strides,
-                NATURAL: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, ROWS: tl.constexpr):
+def _product_of_rows(product, x, y_ptr, start, stride, M, ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+                     PADDED: tl.constexpr, UNIT: tl.constexpr):
+    """product + x y^T; product where there is no y."""
+    if y_ptr is None:
+        return product
+    else:
+        return dot(x, tl.trans(load_tile(y_ptr, start, stride, M, ROWS, FIRST, WIDTH, PADDED, UNIT)), product)
+
+
+@jit
+def _statistics(dout_ptr, out_ptr, out_low_ptr, lse_ptr, low_ptr, dlse_ptr, stats_ptr, B, H, M, dout_strides, out_strides,
+                out_low_strides, dlse_strides, NATURAL: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr, E1: tl.constexpr,
+                E2: tl.constexpr, ROWS: tl.constexpr):
     """What both gradient kernels need of a query: its log-sum-exp, and delta = sum_e dout out - dlse, which they take off its row of dP.
 
     grid    B H cdiv(M, ROWS), row blocks innermost
-    layout  dout, out (B, H, M, E), last stride 1; lse, low (B, H, M) contiguous; dlse (B, H, M), any strides, or None;
+    layout  dout, out, out_low (B, H, M, E), last stride 1, out_low may be None; lse, low (B, H, M) contiguous; dlse (B, H, M), any
+            strides, or None;
             stats (3, B, H, M) contiguous: the log-sum-exp as two floats, in the logits' units (inf, 0 without a key), and delta
     math    delta from the diagonal of dout out^T, a product like dP's: for a query that sees one key they are equal, and dS is 0
     needs   as in `_forward`
     """
-    blocks = tl.cdiv(M, ROWS)
-    pid = tl.program_id(0).to(tl.int64)
-    start, i_bh = pid % blocks * ROWS, pid // blocks
-    i_b, i_h = i_bh // H, i_bh % H
+    start, _, i_bh, i_b, i_h = _place(M, 1, H, ROWS)
     o_row = tl.arange(0, ROWS)
     o_m = start + o_row
     m_m = o_m < M
@@ -227,12 +257,16 @@ def _statistics(dout_ptr, out_ptr, lse_ptr, low_ptr, dlse_ptr, stats_ptr, B, H, 
 
     dout_ptr += (i_b * dout_strides[0] + i_h * dout_strides[1]) * UNIT
     out_ptr += (i_b * out_strides[0] + i_h * out_strides[1]) * UNIT
+    if out_low_ptr is not None:
+        out_low_ptr += (i_b * out_low_strides[0] + i_h * out_low_strides[1]) * UNIT
     dout = load_tile(dout_ptr, start, dout_strides[2], M, ROWS, 0, E1, PADDED, UNIT)
     product = tl.zeros([ROWS, ROWS], tl.float32)
-    product = dot(dout, tl.trans(load_tile(out_ptr, start, out_strides[2], M, ROWS, 0, E1, PADDED, UNIT)), product)
+    product = _product_of_rows(product, dout, out_ptr, start, out_strides[2], M, ROWS, 0, E1, PADDED, UNIT)
+    product = _product_of_rows(product, dout, out_low_ptr, start, out_low_strides[2], M, ROWS, 0, E1, PADDED, UNIT)
     if E2:
         dout = load_tile(dout_ptr, start, dout_strides[2], M, ROWS, E1, E2, PADDED, UNIT)
-        product = dot(dout, tl.trans(load_tile(out_ptr, start, out_strides[2], M, ROWS, E1, E2, PADDED, UNIT)), product)
+        product = _product_of_rows(product, dout, out_ptr, start, out_strides[2], M, ROWS, E1, E2, PADDED, UNIT)
+        product = _product_of_rows(product, dout, out_low_ptr, start, out_low_strides[2], M, ROWS, E1, E2, PADDED, UNIT)
     delta = tl.sum(tl.where(o_row[:, None] == o_row[None, :], product, 0.0), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + i_b * dlse_strides[0] + i_h * dlse_strides[1] + o_m * dlse_strides[2], mask=m_m, other=0.0)
@@ -265,11 +299,7 @@ def _query_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats
     math    P = exp(S - lse), dS = P (dout v^T - delta), dq = scale dS k; dS rounded to q's dtype for the product
     needs   as in `_forward`
     """
-    blocks = tl.cdiv(M, BLOCK_M)
-    pid = tl.program_id(0).to(tl.int64)
-    start = (pid % blocks * BLOCK_M).to(tl.int32)
-    i_s, i_bh = pid // blocks % splits, pid // blocks // splits
-    i_b, i_h = i_bh // H, i_bh % H
+    start, i_s, i_bh, i_b, i_h = _place(M, splits, H, BLOCK_M)
     o_m = start + tl.arange(0, BLOCK_M)
     dout_ptr += (i_b * dout_strides[0] + i_h * dout_strides[1]) * UNIT
     q_ptr += (i_b * q_strides[0] + i_h * q_strides[1]) * UNIT
@@ -278,13 +308,7 @@ def _query_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats
     if bias_ptr is not None:
         bias_ptr += i_b * bias_strides[0] + i_h * bias_strides[1]
 
-    begin = (i_s * per).to(tl.int32)
-    end = tl.minimum(begin + per, N)
-    if lengths_ptr is not None:
-        end = tl.minimum(end, tl.load(lengths_ptr + i_b * lengths_stride).to(tl.int32))
-    if CAUSAL:
-        end = tl.minimum(end, start + BLOCK_M + (N - M))
-
+    begin, end = _keys(i_s, per, lengths_ptr, lengths_stride, i_b, start, M, N, CAUSAL, BLOCK_M)
     lse, low, delta = _load_statistics(stats_ptr + i_bh * M, tl.cast(B, tl.int64) * H * M, o_m, M)
     lse, low, delta = lse[:, None], low[:, None], delta[:, None]
     q1 = load_tile(q_ptr, start, q_strides[2], M, BLOCK_M, 0, E1, PADDED, UNIT)
@@ -304,8 +328,7 @@ def _query_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats
             k2 = load_tile(k_ptr, i_n, k_strides[2], end, BLOCK_N, E1, E2, PADDED, UNIT)
             s = dot(q2, tl.trans(k2), s)
             dp = dot(dout2, tl.trans(load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, E1, E2, PADDED, UNIT)), dp)
-        s = _logits(s, logit_scale, bias_ptr, bias_strides, o_m[:, None], o_n[None, :], M, N, end, CAUSAL, MASK,
-                    NATURAL)
+        s = _logits(s, logit_scale, bias_ptr, bias_strides, o_m[:, None], o_n[None, :], M, N, end, CAUSAL, MASK, NATURAL)
         ds = _exp((s - lse) - low, NATURAL) * (dp - delta)
         if ds_ptr is not None:
             o_ds = (i_bh * M + o_m)[:, None] * N + o_n[None, :]
@@ -334,11 +357,7 @@ def _key_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_p
     math    P^T and dS^T from k q^T and v dout^T, so that neither is transposed; dv = P^T dout, dk = scale dS^T q
     needs   as in `_forward`; per % BLOCK_M = 0
     """
-    blocks = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0).to(tl.int64)
-    start = (pid % blocks * BLOCK_N).to(tl.int32)
-    i_s, i_bh = pid // blocks % splits, pid // blocks // splits
-    i_b, i_h = i_bh // H, i_bh % H
+    start, i_s, i_bh, i_b, i_h = _place(N, splits, H, BLOCK_N)
     o_n = start + tl.arange(0, BLOCK_N)
     dout_ptr += (i_b * dout_strides[0] + i_h * dout_strides[1]) * UNIT
     q_ptr += (i_b * q_strides[0] + i_h * q_strides[1]) * UNIT
@@ -377,8 +396,7 @@ def _key_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_p
             dout2 = load_tile(dout_ptr, i_m, dout_strides[2], M, BLOCK_M, E1, E2, PADDED, UNIT)
             s = dot(k2, tl.trans(q2), s)
             dp = dot(v2, tl.trans(dout2), dp)
-        s = _logits(s, logit_scale, bias_ptr, bias_strides, o_m[None, :], o_n[:, None], M, N, end, CAUSAL, MASK,
-                    NATURAL)
+        s = _logits(s, logit_scale, bias_ptr, bias_strides, o_m[None, :], o_n[:, None], M, N, end, CAUSAL, MASK, NATURAL)
         p = _exp((s - lse[None, :]) - low[None, :], NATURAL)
         ds = narrow(p * (dp - delta[None, :]), q_ptr.dtype.element_ty)
         p = narrow(p, q_ptr.dtype.element_ty)
@@ -407,14 +425,12 @@ def _sum(parts_ptr, y_ptr, B, H, M, splits, y_strides, E: tl.constexpr, WIDTH: t
     math    fp32, rounded once
     needs   WIDTH a power of two, at least E
     """
-    blocks = tl.cdiv(M, ROWS)
-    pid = tl.program_id(0).to(tl.int64)
-    start, i_bh = pid % blocks * ROWS, pid // blocks
+    start, _, i_bh, i_b, i_h = _place(M, 1, H, ROWS)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     for i_s in range(splits):
         i_row = (tl.cast(i_s, tl.int64) * B * H + i_bh) * M
         acc += load_tile(parts_ptr + i_row * E, start, E, M, ROWS, 0, WIDTH, E)
-    store_tile(y_ptr + i_bh // H * y_strides[0] + i_bh % H * y_strides[1], acc, start, y_strides[2], M, ROWS, 0, WIDTH, E)
+    store_tile(y_ptr + i_b * y_strides[0] + i_h * y_strides[1], acc, start, y_strides[2], M, ROWS, 0, WIDTH, E)
 
 
 def _cut(E):
@@ -491,24 +507,26 @@ def _forward_plan(q, N):
 
 def _run_forward(args, outs):
     q, k, v, bias, key_lengths, causal, scale = args
-    out, lse, low = outs
+    out, out_low, lse, low = outs
     (B, H, M, E), N = q.shape, k.shape[2]
     if not B * H * M:
         return
     chosen, splits, per = _forward_plan(q, N)
     natural = q.dtype == torch.float32
     parts = _parts(out, splits)
+    out_low = out_low if out_low.numel() else None
     sums = (lse, low) if splits == 1 else lse.new_empty((2, splits, *lse.shape)).unbind(0)
     bias_strides, lengths_stride = _mask_arguments(bias, key_lengths, (B, H, M, N))
     q, k, v = aligned(q), aligned(k), aligned(v)
     (unit, strides), (out_unit, (out_strides,)) = _in_units(q, k, v), _in_units(parts)
     _, logit_scale = _scales(E, scale, natural)
     _forward[(B * H * splits * cdiv(M, chosen["BLOCK_M"]),)](
-        q, k, v, bias, key_lengths, parts, *sums, logit_scale, B, H, M, N, splits, per, *strides, bias_strides, lengths_stride,
-        out_strides, SHARED=splits > 1, CAUSAL=causal, MASK=causal or key_lengths is not None or N % chosen["BLOCK_N"] != 0,
-        NATURAL=natural, UNIT=unit, OUT_UNIT=out_unit, E=E, **_columns(q, E), **chosen, **OPTIONS)
+        q, k, v, bias, key_lengths, parts, out_low if splits == 1 else None, *sums, logit_scale, B, H, M, N, splits, per, *strides,
+        bias_strides, lengths_stride, out_strides, SHARED=splits > 1, CAUSAL=causal,
+        MASK=causal or key_lengths is not None or N % chosen["BLOCK_N"] != 0, NATURAL=natural, UNIT=unit, OUT_UNIT=out_unit, E=E,
+        **_columns(q, E), **chosen, **OPTIONS)
     if splits > 1:
-        _by_rows(_merge, out, parts, *sums, out, lse, low, B, H, M, splits, out.stride()[:3], natural)
+        _by_rows(_merge, out, parts, *sums, out, out_low, lse, low, B, H, M, splits, out.stride()[:3], natural)
 
 
 def _backward_plan(q, N):
@@ -520,14 +538,15 @@ def _backward_plan(q, N):
 
 
 def _run_backward(args, outs):
-    dout, dlse, q, k, v, bias, key_lengths, out, lse, lse_low, causal, scale, bias_grad = args
+    dout, dlse, q, k, v, bias, key_lengths, out, out_low, lse, lse_low, causal, scale, bias_grad = args
     dq, dk, dv, dbias = outs
     (B, H, M, E), N = q.shape, k.shape[2]
     (by_query, query_splits, keys), (by_key, key_splits, queries) = _backward_plan(q, N)
     stats = lse.new_empty((3, *lse.shape))
     dq_parts, dk_parts, dv_parts = _parts(dq, query_splits), _parts(dk, key_splits), _parts(dv, key_splits)
     dout, q, k, v, out = aligned(dout), aligned(q), aligned(k), aligned(v), aligned(out)
-    unit, (out_strides, *strides) = _in_units(out, dout, q, k, v)
+    out_low = aligned(out_low) if out_low.numel() else None
+    unit, (out_strides, low_strides, *strides) = _in_units(out, out if out_low is None else out_low, dout, q, k, v)
     grad_unit, (dq_strides, dk_strides, dv_strides) = _in_units(dq_parts, dk_parts, dv_parts)
     tensors = (dout, q, k, v, bias, key_lengths, stats)
     strides += _mask_arguments(bias, key_lengths, (B, H, M, N))
@@ -542,8 +561,8 @@ def _run_backward(args, outs):
     if B * H * M:
         dlse_strides = (0,) * 3 if dlse is None else dlse.stride()
         _statistics[(B * H * cdiv(M, STATISTICS["ROWS"]),)](
-            dout, out, lse.contiguous(), lse_low.contiguous(), dlse, stats, B, H, M, strides[0], out_strides, dlse_strides, **columns,
-            **STATISTICS, **OPTIONS)
+            dout, out, out_low, lse.contiguous(), lse_low.contiguous(), dlse, stats, B, H, M, strides[0], out_strides, low_strides,
+            dlse_strides, **columns, **STATISTICS, **OPTIONS)
         _query_gradients[(B * H * query_splits * cdiv(M, by_query["BLOCK_M"]),)](
             *tensors, dq_parts, ds, *_scales(E, scale, natural), B, H, M, N, query_splits, keys, *strides, dq_strides, CAUSAL=causal,
             MASK=hidden or N % by_query["BLOCK_N"] != 0, OUT_UNIT=grad_unit, E=E, **columns, **by_query, **OPTIONS)

@@ -8,8 +8,7 @@ from ...core.contract import contract
 from . import reference, triton
 
 
-def _outputs(out_a, lse_a, out_b, lse_b):
-    op = "merge_attention"
+def _check(op, out_a, lse_a, out_b, lse_b):
     dims(op, out_a=(out_a, "B H M E"), out_b=(out_b, "B H M E"))
     sizes = dims(op, lse_a=(lse_a, "B H M"), lse_b=(lse_b, "B H M"))
     if tuple(sizes.values()) != tuple(out_a.shape[:3]):
@@ -19,24 +18,68 @@ def _outputs(out_a, lse_a, out_b, lse_b):
         fail(op, f"lse_a wants {wanted} beside out_a of {out_a.dtype}, got {lse_a.dtype}")
     if lse_a.device != out_a.device:
         fail(op, f"lse_a is on {lse_a.device}, but out_a is on {out_a.device}")
-    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+
+
+def _outputs(*args):
+    _check("merge_attention", *args)
+    return tuple(x.new_empty(x.shape) for x in args[:2])
+
+
+def _backward_outputs(dout, dlse, out_a, lse_a, out_b, lse_b):
+    op = "merge_attention_backward"
+    _check(op, out_a, lse_a, out_b, lse_b)
+    dims(op, out_a=(out_a, "B H M E"), dout=(dout, "B H M E"))
+    dims(op, lse_a=(lse_a, "B H M"), dlse=(dlse, "B H M"))
+    return tuple(x.new_empty(x.shape) for x in (out_a, lse_a, out_b, lse_b))
 
 
 MERGE = contract("merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)", outputs=_outputs,
                  reference=reference.merge_attention, backends=(triton.FORWARD, cpu("merge_attention")), module=__name__,
-                 entry="merge_attention_eager")
+                 entries=("merge_attention_eager",))
+BACKWARD = contract(
+    "merge_attention_backward(Tensor dout, Tensor? dlse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    outputs=_backward_outputs, reference=reference.merge_attention_backward,
+    backends=(triton.BACKWARD, cpu("merge_attention_backward")), module=__name__)
+
+
+def _backward(ctx, dout, dlse):
+    if dout is None and dlse is None:
+        return (None,) * 4
+    args = ctx.saved_tensors
+    return BACKWARD(torch.zeros_like(args[0]) if dout is None else dout, dlse, *args)
+
+
+def _jvp(ctx, da, dlse_a, db, dlse_b):
+    out_a, lse_a, out_b, lse_b = ctx.saved_tensors
+    a, b, _ = reference.weights(lse_a, lse_b)
+    da, dlse_a, db, dlse_b = (torch.zeros_like(x) if d is None else d
+                              for d, x in zip((da, dlse_a, db, dlse_b), ctx.saved_tensors, strict=True))
+    spread = lambda w: w.unsqueeze(-1).to(out_a.dtype)
+    return spread(a) * da + spread(b) * db + spread(a * b * (dlse_a - dlse_b)) * (out_a - out_b), a * dlse_a + b * dlse_b
+
+
+MERGE.autograd(save=lambda ctx, args, outs: args, backward=_backward, jvp=_jvp)
 
 
 def _fold(x, dim, mapped):
+    if x is None:
+        return None
     return (x.unsqueeze(0).expand(mapped, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
 
 
-def _vmap(info, in_dims, *args):
-    outs = MERGE(*(_fold(x, d, info.batch_size) for x, d in zip(args, in_dims, strict=True)))
-    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outs), (0, 0)
+def _mapped(made):
+    """Batching rule: the mapped axis joins B."""
+
+    def rule(info, in_dims, *args):
+        outs = made(*(_fold(x, d, info.batch_size) for x, d in zip(args, in_dims, strict=True)))
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outs), (0,) * len(outs)
+
+    return rule
 
 
-MERGE.vmap(_vmap)
+MERGE.vmap(_mapped(MERGE))
+BACKWARD.vmap(_mapped(BACKWARD))
 
 
 def merge_attention(out_a, lse_a, out_b, lse_b):

@@ -33,10 +33,10 @@ def _unpatchify_outputs(tokens, patch, grid, order):
 
 PATCHIFY = contract("patchify(Tensor x, SymInt[] patch, str order) -> Tensor", outputs=_patchify_outputs, reference=reference.patchify,
                     backends=(cuda("patchify"), triton.PATCHIFY, cpu("patchify")), module=__name__,
-                    entry="patchify_eager")
+                    entries=("patchify_eager",))
 UNPATCHIFY = contract("unpatchify(Tensor tokens, SymInt[] patch, SymInt[] grid, str order) -> Tensor", outputs=_unpatchify_outputs,
                       reference=reference.unpatchify, backends=(cuda("unpatchify"), triton.UNPATCHIFY, cpu("unpatchify")),
-                      module=__name__, entry="unpatchify_eager")
+                      module=__name__, entries=("unpatchify_eager",))
 
 
 def _save_grid(ctx, args, outs):

@@ -1,0 +1,60 @@
+// What ops need of tensors. An eager entry `<op>_eager` computes and allocates in one call, for the plain case it can recognise in
+// nanoseconds; it returns nothing when unsure, and the caller goes the long way, which checks everything and words every refusal.
+// Include from op.cpp alone.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+
+#include "common/dtype.h"
+
+namespace fastdiff {
+
+inline Type type_of(const torch::stable::Tensor& x) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16: return Type::bf16;
+    case ScalarType::Half: return Type::f16;
+    default: return Type::f32;
+  }
+}
+
+// (B, H, S, E) with last stride 1: x, or one copy of it.
+inline torch::stable::Tensor with_rows(const torch::stable::Tensor& x) {
+  return x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
+}
+
+inline bool is_native_float(const torch::stable::Tensor& x) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = x.scalar_type();
+  return x.is_cpu() && (type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half);
+}
+
+// Contiguous and uninitialised, on the CPU; without the dispatcher, which would cost a microsecond. type: torch's number of a dtype.
+template <size_t rank>
+torch::stable::Tensor empty(int32_t type, const std::array<int64_t, rank>& size) {
+  std::array<int64_t, rank> stride;
+  int64_t step = 1;
+  for (size_t i = rank; i-- > 0; step *= size[i] > 1 ? size[i] : 1) stride[i] = step;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(rank, size.data(), stride.data(), type, aoti_torch_device_type_cpu(), 0, &handle));
+  return torch::stable::Tensor(handle);
+}
+
+template <size_t rank>
+torch::stable::Tensor empty_like_type(const torch::stable::Tensor& x, const std::array<int64_t, rank>& size) {
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
+  return empty(type, size);
+}
+
+template <size_t rank>
+torch::stable::Tensor empty_floats(const std::array<int64_t, rank>& size) {
+  return empty(aoti_torch_dtype_float32(), size);
+}
+
+}  // namespace fastdiff
