@@ -53,10 +53,7 @@ def _logits(s, logit_scale, bias_ptr, bias_strides, o_m, o_n, M, N, end, CAUSAL:
     if bias_ptr is not None:
         o_bias = o_m.to(tl.int64) * bias_strides[2] + o_n.to(tl.int64) * bias_strides[3]
         bias = tl.load(bias_ptr + o_bias, mask=(o_m < M) & (o_n < N), other=0.0).to(tl.float32)
-        if NATURAL:
-            s += bias
-        else:
-            s += bias * LOG2E
+        s += bias if NATURAL else bias * LOG2E
     if MASK:
         m_s = o_n < end
         if CAUSAL:
@@ -200,7 +197,7 @@ def _merge(parts_ptr, tops_ptr, totals_ptr, out_ptr, out_low_ptr, lse_ptr, low_p
     math    fp32, rounded once; 0 and -inf where no split has a key
     needs   WIDTH a power of two, at least E
     """
-    start, _, i_bh, i_b, i_h = _place(M, 1, H, ROWS)
+    start, _, i_bh, _, _ = _place(M, 1, H, ROWS)
     o_m = start + tl.arange(0, ROWS)
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -218,7 +215,7 @@ def _merge(parts_ptr, tops_ptr, totals_ptr, out_ptr, out_low_ptr, lse_ptr, low_p
     tl.store(lse_ptr + i_bh * M + o_m, lse, mask=o_m < M)
     tl.store(low_ptr + i_bh * M + o_m, low, mask=o_m < M)
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    store_tile(out_ptr + i_b * out_strides[0] + i_h * out_strides[1], acc, start, out_strides[2], M, ROWS, 0, WIDTH, E)
+    store_tile(out_ptr + i_bh // H * out_strides[0] + i_bh % H * out_strides[1], acc, start, out_strides[2], M, ROWS, 0, WIDTH, E)
     _store_low(out_low_ptr, acc, i_bh, start, M, ROWS, 0, WIDTH, E)
 
 
@@ -425,12 +422,14 @@ def _sum(parts_ptr, y_ptr, B, H, M, splits, y_strides, E: tl.constexpr, WIDTH: t
     math    fp32, rounded once
     needs   WIDTH a power of two, at least E
     """
-    start, _, i_bh, i_b, i_h = _place(M, 1, H, ROWS)
+    blocks = tl.cdiv(M, ROWS)
+    pid = tl.program_id(0).to(tl.int64)
+    start, i_bh = pid % blocks * ROWS, pid // blocks
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     for i_s in range(splits):
         i_row = (tl.cast(i_s, tl.int64) * B * H + i_bh) * M
         acc += load_tile(parts_ptr + i_row * E, start, E, M, ROWS, 0, WIDTH, E)
-    store_tile(y_ptr + i_b * y_strides[0] + i_h * y_strides[1], acc, start, y_strides[2], M, ROWS, 0, WIDTH, E)
+    store_tile(y_ptr + i_bh // H * y_strides[0] + i_bh % H * y_strides[1], acc, start, y_strides[2], M, ROWS, 0, WIDTH, E)
 
 
 def _cut(E):
