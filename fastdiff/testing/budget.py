@@ -19,8 +19,9 @@ class Error:
 
 
 def error(tensor, ours, plain, exact, nearby=(), times=2):
-    """Error of `ours` against `exact` (float64), under the limit times * max|plain - exact| + eps max|exact|.
+    """Error of `ours` against `exact` (float64), under the limit times * max|plain - exact| + one rounding.
 
+    One rounding is eps max|exact|, or what a rounding of the inputs does to `exact` (a difference within `nearby`), if that is more.
     Plain PyTorch's error on one input can be nearly 0 by luck, the more so the fewer elements there are: `nearby` holds further
     (plain, exact), of inputs that differ by a rounding or by PyTorch's own fused op, and its error is the largest of all. In float64 plain
     and exact would be the same function: there `plain` is float32's, and 16 times its error, scaled to float64's eps, counts.
@@ -40,7 +41,8 @@ def error(tensor, ours, plain, exact, nearby=(), times=2):
     wrong = max(_largest(p.double() - e, kept & p.isfinite() & e.isfinite()) for p, e in ((plain, exact), *nearby))
     if wide:
         wrong *= 16 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    limit = times * wrong + torch.finfo(ours.dtype).eps * _largest(exact, kept)
+    rounding = max(torch.finfo(ours.dtype).eps * _largest(exact, kept), *(_largest(e - exact, kept & e.isfinite()) for _, e in nearby), 0.0)
+    limit = times * wrong + rounding
     same = torch.where(rounded.isnan(), value.isnan(), value == rounded)
     if not same[~finite].all() or not value[kept].isfinite().all():
         return Error(tensor, float("inf"), limit)

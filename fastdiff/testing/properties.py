@@ -284,7 +284,8 @@ def registered(subject, example):
     for contract, args, _ in _calls(subject, example):
         if contract.name not in seen:
             seen.add(contract.name)
-            args = tuple(a.detach().clone().requires_grad_(a.is_floating_point()) if isinstance(a, torch.Tensor) else a for a in args)
+            copy = lambda x: x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.is_floating_point())
+            args = tuple(copy(a) if isinstance(a, torch.Tensor) else a for a in args)
             with subject.forced(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 torch.library.opcheck(contract.op, args)

@@ -49,10 +49,13 @@ class Example:
         for name, spec in self.specs().items():
             if isinstance(spec, Array):
                 x = _values(spec.shape, self.values[name], generator).to(_dtype(spec, self.dtype))
+                layout = self.layouts[name]
                 if self.nudge:
+                    if layout == "expanded":  # elements that share memory move each on its own
+                        x, layout = lay_out(x, layout, "cpu").clone(), "offset"
                     steps = torch.randint(-1, 2, x.shape, generator=torch.Generator().manual_seed(self.nudge))
                     x = (x.double() * (1 + torch.finfo(x.dtype).eps * steps)).to(x.dtype)
-                made[name] = lay_out(x.to(dtype) if dtype else x, self.layouts[name], self.device)
+                made[name] = lay_out(x.to(dtype) if dtype else x, layout, self.device)
             elif isinstance(spec, Integers):
                 x = torch.randint(spec.low, spec.high + 1, spec.shape, generator=generator)
                 made[name] = lay_out(x, self.layouts[name], self.device)

@@ -9,7 +9,7 @@ struct Layout {
   Layout(const Problem& p, const Plan& plan) : width(padded(p.E)), stride(score_stride(plan)) {
     const int64_t keys = plan.key_block, rows = plan.query_block, columns = padded(keys);
     stats = 0;
-    kt = stats + (plan.query_rows * 3 + 15) / 16 * 16;
+    kt = stats + (plan.query_rows * 4 + 15) / 16 * 16;
     vt = kt + p.E * columns;
     k = vt + p.E * columns;
     q = k + keys * width;
@@ -30,9 +30,9 @@ inline f32 dots(int64_t n, const float* x, const float* y) {
   return sum;
 }
 
-// Three floats of each query: its log-sum-exp in two floats (+inf where it sees no key, so that every probability is 0), and
-// what the softmax takes off its row of dP: sum(dout * out) - dlse. The sum runs over E in one chain as dP's products do, so that a query
-// that sees one key alone gets a gradient of exactly 0. kLanes queries at a time, transposed into `x` and `y`.
+// Four floats of each query: its log-sum-exp in two floats (+inf where it sees no key, so that every probability is 0), what the
+// softmax takes off its row of dP, sum(dout * out), and dlse. The sum runs over E in one chain as dP's products do, so that for a query
+// that sees one key alone they cancel exactly. kLanes queries at a time, transposed into `x` and `y`.
 void row_stats(const Problem& p, const BackwardIn& in, const Item& item, float* x, float* y, float* stats) {
   for (int64_t m = item.m0; m < item.m1; m += kLanes) {
     const int64_t n = least(kLanes, item.m1 - m), first = (item.b * p.H + item.h) * p.M + m;
@@ -45,22 +45,45 @@ void row_stats(const Problem& p, const BackwardIn& in, const Item& item, float* 
       typed(p.type, [&]<class T>() { pack_transposed(n, p.E, row<T>(in.out_low, item.b, item.h, m), in.out_low.s, 1.0f, y); });
       sum += dots(p.E, x, y);
     }
-    for (int64_t i = 0; i < n; ++i, stats += 3) {
+    for (int64_t i = 0; i < n; ++i, stats += 4) {
       stats[0] = in.lse[first + i] == -kInf ? kInf : in.lse[first + i];
       stats[1] = in.lse_low[first + i];
-      stats[2] = sum[i] - (in.dlse ? in.dlse[first + i] : 0.0f);
+      stats[2] = sum[i];
+      stats[3] = in.dlse ? in.dlse[first + i] : 0.0f;
     }
   }
 }
 
-// s: scores to probabilities; ds: dP to the gradient of the scores.
+// s: scores to probabilities; ds: dP to the gradient of the scores, P (dP - sum(P dP) + dlse).
 inline void probabilities(float* s, float* ds, int64_t width, const float* stats) {
-  const float lse = stats[0], lse_low = stats[1], taken = stats[2];
+  const float lse = stats[0], lse_low = stats[1], taken = stats[2], dlse = stats[3];
   for (int64_t j = 0; j < width; j += kLanes) {
     const f32 e = exp((load(s + j) - lse) - lse_low);
     store(s + j, e);
-    store(ds + j, e * (load(ds + j) - taken));
+    store(ds + j, e * ((load(ds + j) - taken) + dlse));
   }
+}
+
+// The same from a row that holds all its keys, which needs neither log-sum-exp nor output: softmax and sum(P dP) from the numbers
+// at hand, so that dS cancels as exactly as the formula does even where one key has nearly all the weight.
+inline void whole_probabilities(float* s, float* ds, int64_t width, float dlse) {
+  f32 most = load(s);
+  for (int64_t j = kLanes; j < width; j += kLanes) most = max(most, load(s + j));
+  const float highest = reduce_max(most), top = highest == -kInf ? 0.0f : highest;
+  f32 sums = {}, products = {};
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const f32 e = exp(load(s + j) - top);
+    store(s + j, e);
+    sums += e;
+  }
+  const float sum = reduce_add(sums), scale = sum == 0.0f ? 0.0f : 1.0f / sum;
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const f32 p = load(s + j) * scale;
+    store(s + j, p);
+    products += p * load(ds + j);
+  }
+  const float taken = reduce_add(products);
+  for (int64_t j = 0; j < width; j += kLanes) store(ds + j, load(s + j) * ((load(ds + j) - taken) + dlse));
 }
 
 void keep_dbias(const Problem& p, const BackwardOut& o, const Item& item, int64_t m, int64_t n0, int64_t keys, const float* ds) {
@@ -95,8 +118,10 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
   const bool own_q = plan.key_splits == 1, own_k = plan.query_splits == 1;
   float* dq = own_q ? scratch + at.dq : o.dq_partial + ((item.key_split * p.B * p.H + bh) * p.M + item.m0) * w;
   const int64_t rows = item.m1 - item.m0;
+  const bool whole = plan.key_block >= p.N;
+  const float* dlse = in.dlse ? in.dlse + bh * p.M + item.m0 : nullptr;
   clear(dq, rows * w);
-  row_stats(p, in, item, kt, vt, stats);
+  if (!whole) row_stats(p, in, item, kt, vt, stats);
 
   for (int64_t n0 = item.n0; n0 < item.n1; n0 += plan.key_block) {
     const int64_t keys = least(plan.key_block, item.n1 - n0);
@@ -123,7 +148,10 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
         gemm<A::rows, false>(n, vectors(visible), p.E, q, w, {kt, 0}, s, stride);
         if (p.bias || visible != width || p.seen(item.b, m) < n0 + visible) mask(p, item, m, n, n0, visible, s, stride);
         gemm<A::rows, false>(n, vectors(visible), p.E, dout, w, {vt, 0}, ds, stride);
-        for (int64_t i = 0; i < n; ++i) probabilities(s + i * stride, ds + i * stride, width, stats + 3 * (r + i));
+        for (int64_t i = 0; i < n; ++i) {
+          if (whole) whole_probabilities(s + i * stride, ds + i * stride, width, dlse ? dlse[r + i] : 0.0f);
+          else probabilities(s + i * stride, ds + i * stride, width, stats + 4 * (r + i));
+        }
         gemm<A::columns, true>(visible, vectors(p.E), n, s, stride, {dout, w}, dv, w);
         gemm<A::columns, true>(visible, vectors(p.E), n, ds, stride, {q, w}, dk, w);
         gemm<A::rows, true>(n, vectors(p.E), visible, ds, stride, {k, w}, dq + r * w, w);

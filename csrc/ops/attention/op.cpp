@@ -119,7 +119,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::opt
 bool is_plain(const Tensor& q, const Tensor& k, const Tensor& v) {
   if (!is_native_float(q) || !k.is_cpu() || !v.is_cpu()) return false;
   if (k.scalar_type() != q.scalar_type() || v.scalar_type() != q.scalar_type()) return false;
-  if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4 || !q.is_contiguous()) return false;
+  if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4 || q.numel() == 0 || !q.is_contiguous()) return false;
   for (int i = 0; i < 4; ++i)
     if (k.size(i) != v.size(i) || (i != 2 && k.size(i) != q.size(i))) return false;
   return true;
@@ -128,7 +128,7 @@ bool is_plain(const Tensor& q, const Tensor& k, const Tensor& v) {
 std::optional<Tensor> attention_eager(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, std::optional<double> scale) {
   if (!is_plain(q, k, v)) return std::nullopt;
   const Tensor out = empty_like_type<4>(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
-  if (out.numel()) forward(Inputs(q, k, v, std::nullopt, std::nullopt, causal, scale).problem, view(out), View{}, nullptr, nullptr);
+  forward(Inputs(q, k, v, std::nullopt, std::nullopt, causal, scale).problem, view(out), View{}, nullptr, nullptr);
   return out;
 }
 
@@ -137,9 +137,8 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>> attention_with_lse_eage
   if (!is_plain(q, k, v)) return {};
   const Tensor out = empty_like_type<4>(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
   const Tensor lse = empty_floats<3>({q.size(0), q.size(1), q.size(2)});
-  if (lse.numel())
-    forward(Inputs(q, k, v, std::nullopt, std::nullopt, causal, scale).problem, view(out), View{},
-            static_cast<float*>(lse.mutable_data_ptr()), nullptr);
+  forward(Inputs(q, k, v, std::nullopt, std::nullopt, causal, scale).problem, view(out), View{},
+          static_cast<float*>(lse.mutable_data_ptr()), nullptr);
   return {out, lse};
 }
 

@@ -53,7 +53,7 @@ _BENCH = {
 def _sdpa(q, k, v, bias, key_lengths, causal, scale):
     mask = None
     if bias is not None or key_lengths is not None or causal:
-        mask = reference.scores(q[..., :0], k[..., :0], bias, key_lengths, causal, scale)  # 0, bias, -inf
+        mask = reference.scores(q.detach()[..., :0], k.detach()[..., :0], bias, key_lengths, causal, scale)  # 0, bias, -inf
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 

@@ -233,12 +233,12 @@ def _product_of_rows(product, x, y_ptr, start, stride, M, ROWS: tl.constexpr, FI
 def _statistics(dout_ptr, out_ptr, out_low_ptr, lse_ptr, low_ptr, dlse_ptr, stats_ptr, B, H, M, dout_strides, out_strides,
                 out_low_strides, dlse_strides, NATURAL: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr, E1: tl.constexpr,
                 E2: tl.constexpr, ROWS: tl.constexpr):
-    """What both gradient kernels need of a query: its log-sum-exp, and delta = sum_e dout out - dlse, which they take off its row of dP.
+    """What both gradient kernels need of a query: its log-sum-exp, and delta = sum_e dout out, which they take off its row of dP; and dlse.
 
     grid    B H cdiv(M, ROWS), row blocks innermost
     layout  dout, out, out_low (B, H, M, E), last stride 1, out_low may be None; lse, low (B, H, M) contiguous; dlse (B, H, M), any
             strides, or None;
-            stats (3, B, H, M) contiguous: the log-sum-exp as two floats, in the logits' units (inf, 0 without a key), and delta
+            stats (4, B, H, M) contiguous: the log-sum-exp as two floats, in the logits' units (inf, 0 without a key), delta, dlse
     math    delta from the diagonal of dout out^T, a product like dP's: for a query that sees one key they are equal, and dS is 0
     needs   as in `_forward`
     """
@@ -265,21 +265,23 @@ def _statistics(dout_ptr, out_ptr, out_low_ptr, lse_ptr, low_ptr, dlse_ptr, stat
         product = _product_of_rows(product, dout, out_ptr, start, out_strides[2], M, ROWS, E1, E2, PADDED, UNIT)
         product = _product_of_rows(product, dout, out_low_ptr, start, out_low_strides[2], M, ROWS, E1, E2, PADDED, UNIT)
     delta = tl.sum(tl.where(o_row[:, None] == o_row[None, :], product, 0.0), 1)
+    dlse = tl.zeros([ROWS], tl.float32)
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + i_b * dlse_strides[0] + i_h * dlse_strides[1] + o_m * dlse_strides[2], mask=m_m, other=0.0)
+        dlse = tl.load(dlse_ptr + i_b * dlse_strides[0] + i_h * dlse_strides[1] + o_m * dlse_strides[2], mask=m_m, other=0.0)
 
     rows = tl.cast(B, tl.int64) * H * M
     stats_ptr += i_bh * M
     tl.store(stats_ptr + o_m, lse, mask=m_m)
     tl.store(stats_ptr + rows + o_m, low, mask=m_m)
     tl.store(stats_ptr + 2 * rows + o_m, delta, mask=m_m)
+    tl.store(stats_ptr + 3 * rows + o_m, dlse, mask=m_m)
 
 
 @jit
 def _load_statistics(stats_ptr, rows, o_m, M):
-    """(log-sum-exp, its low part, delta) of queries o_m; inf, which makes their P 0, beyond the last."""
+    """(log-sum-exp, its low part, delta, dlse) of queries o_m; inf, which makes their P 0, beyond the last."""
     return (tl.load(stats_ptr + o_m, mask=o_m < M, other=float("inf")), tl.load(stats_ptr + rows + o_m, mask=o_m < M, other=0.0),
-            tl.load(stats_ptr + 2 * rows + o_m, mask=o_m < M, other=0.0))
+            tl.load(stats_ptr + 2 * rows + o_m, mask=o_m < M, other=0.0), tl.load(stats_ptr + 3 * rows + o_m, mask=o_m < M, other=0.0))
 
 
 @jit
@@ -293,7 +295,7 @@ def _query_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats
     grid    B H splits cdiv(M, BLOCK_M), query blocks innermost: neighbours read the same keys
     layout  as in `_forward`; dq (splits, B, H, M, E), last stride 1; stats from `_statistics`; ds (B, H, M, N) contiguous or None,
             written where a block is visited
-    math    P = exp(S - lse), dS = P (dout v^T - delta), dq = scale dS k; dS rounded to q's dtype for the product
+    math    P = exp(S - lse), dS = P (dout v^T - delta + dlse), dq = scale dS k; dS rounded to q's dtype for the product
     needs   as in `_forward`
     """
     start, i_s, i_bh, i_b, i_h = _place(M, splits, H, BLOCK_M)
@@ -306,8 +308,7 @@ def _query_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats
         bias_ptr += i_b * bias_strides[0] + i_h * bias_strides[1]
 
     begin, end = _keys(i_s, per, lengths_ptr, lengths_stride, i_b, start, M, N, CAUSAL, BLOCK_M)
-    lse, low, delta = _load_statistics(stats_ptr + i_bh * M, tl.cast(B, tl.int64) * H * M, o_m, M)
-    lse, low, delta = lse[:, None], low[:, None], delta[:, None]
+    lse, low, delta, dlse = _load_statistics(stats_ptr + i_bh * M, tl.cast(B, tl.int64) * H * M, o_m, M)
     q1 = load_tile(q_ptr, start, q_strides[2], M, BLOCK_M, 0, E1, PADDED, UNIT)
     dout1 = load_tile(dout_ptr, start, dout_strides[2], M, BLOCK_M, 0, E1, PADDED, UNIT)
     dq1 = tl.zeros([BLOCK_M, E1], tl.float32)
@@ -326,7 +327,7 @@ def _query_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats
             s = dot(q2, tl.trans(k2), s)
             dp = dot(dout2, tl.trans(load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, E1, E2, PADDED, UNIT)), dp)
         s = _logits(s, logit_scale, bias_ptr, bias_strides, o_m[:, None], o_n[None, :], M, N, end, CAUSAL, MASK, NATURAL)
-        ds = _exp((s - lse) - low, NATURAL) * (dp - delta)
+        ds = _exp((s - lse[:, None]) - low[:, None], NATURAL) * ((dp - delta[:, None]) + dlse[:, None])
         if ds_ptr is not None:
             o_ds = (i_bh * M + o_m)[:, None] * N + o_n[None, :]
             tl.store(ds_ptr + o_ds, narrow(ds, ds_ptr.dtype.element_ty), mask=(o_m < M)[:, None] & (o_n < end)[None, :])
@@ -383,7 +384,7 @@ def _key_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_p
         dv2 = tl.zeros([BLOCK_N, E2], tl.float32)
     for i_m in range(begin, last, BLOCK_M):
         o_m = i_m + tl.arange(0, BLOCK_M)
-        lse, low, delta = _load_statistics(stats_ptr + i_bh * M, tl.cast(B, tl.int64) * H * M, o_m, M)
+        lse, low, delta, dlse = _load_statistics(stats_ptr + i_bh * M, tl.cast(B, tl.int64) * H * M, o_m, M)
         q1 = load_tile(q_ptr, i_m, q_strides[2], M, BLOCK_M, 0, E1, PADDED, UNIT)
         dout1 = load_tile(dout_ptr, i_m, dout_strides[2], M, BLOCK_M, 0, E1, PADDED, UNIT)
         s = dot(k1, tl.trans(q1), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
@@ -395,7 +396,7 @@ def _key_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_p
             dp = dot(v2, tl.trans(dout2), dp)
         s = _logits(s, logit_scale, bias_ptr, bias_strides, o_m[None, :], o_n[:, None], M, N, end, CAUSAL, MASK, NATURAL)
         p = _exp((s - lse[None, :]) - low[None, :], NATURAL)
-        ds = narrow(p * (dp - delta[None, :]), q_ptr.dtype.element_ty)
+        ds = narrow(p * ((dp - delta[None, :]) + dlse[None, :]), q_ptr.dtype.element_ty)
         p = narrow(p, q_ptr.dtype.element_ty)
         dv1 = dot(p, dout1, dv1)
         dk1 = dot(ds, q1, dk1)
@@ -541,7 +542,7 @@ def _run_backward(args, outs):
     dq, dk, dv, dbias = outs
     (B, H, M, E), N = q.shape, k.shape[2]
     (by_query, query_splits, keys), (by_key, key_splits, queries) = _backward_plan(q, N)
-    stats = lse.new_empty((3, *lse.shape))
+    stats = lse.new_empty((4, *lse.shape))
     dq_parts, dk_parts, dv_parts = _parts(dq, query_splits), _parts(dk, key_splits), _parts(dv, key_splits)
     dout, q, k, v, out = aligned(dout), aligned(q), aligned(k), aligned(v), aligned(out)
     out_low = aligned(out_low) if out_low.numel() else None
