@@ -121,6 +121,22 @@ inline void store_n(T* p, f32 x, int n) {
 inline void store_n(float* p, f32 x, int n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)x); }
 #endif
 
+// f(j, load, store, n) for every vector of `count` elements from j on, n of them: kLanes, and in the last what remains.
+template <class F>
+inline void for_vectors(int64_t count, const F& f) {
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) f(j, [](const auto* p) { return load(p); }, [](auto* p, f32 x) { store(p, x); }, kLanes);
+  if (const int n = static_cast<int>(count - j))
+    f(j, [n](const auto* p) { return load_n(p, n); }, [n](auto* p, f32 x) { store_n(p, x, n); }, n);
+}
+
+// x in the first n lanes, `other` beyond.
+inline f32 keep_n(f32 x, int n, float other) {
+  i32 lane;
+  for (int l = 0; l < kLanes; ++l) lane[l] = l;
+  return lane < n ? x : splat(other);
+}
+
 template <class T>
 inline float load_one(const T* p) {
   if constexpr (sizeof(T) == 4) return *p;

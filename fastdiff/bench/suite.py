@@ -241,7 +241,7 @@ def rows(ops, *, device, threads, passes, dtypes, cases, quick):
         if quick and cases == "*":
             costs = {name: _cost(case, name) for name in names}
             names = sorted(names, key=costs.get)[:2]
-        selected += [(op, case, function, name, case.sizes(**case.bench[name])) for name in names]
+        selected += [(op, case, case.taking(function), name, case.sizes(**case.bench[name])) for name in names]
     return [Row(*start, dtype, pass_, device, n) for n in threads for start in selected for dtype in dtypes for pass_ in passes]
 
 

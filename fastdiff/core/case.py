@@ -1,5 +1,6 @@
 """Cases: what inputs an op takes, how much work they are, and at which sizes it is timed. Read by testing and bench alike."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -52,7 +53,8 @@ class Case:
     flops(**arguments) and bytes(element_size, **arguments): the least work of a call, from shapes alone (only benchmarks need them).
     batched: the tensor arguments with a leading batch axis along which samples are independent. heads: those with a second axis along
     which heads are. linear: the op is linear in its tensors. bench: row name -> dims. fused: PyTorch's own fused op for the same
-    arguments and results, where it has one: its error is plain PyTorch's too.
+    arguments and results, where it has one: its error is plain PyTorch's too. reference: the function's meaning, where that is more than
+    its contracts' references under it. gather: name -> the arguments that the function takes as one tuple of that name (None if they are).
     """
 
     dims: dict
@@ -65,6 +67,22 @@ class Case:
     backward_flops: float = 2.0
     bench: dict = field(default_factory=dict)
     fused: Callable | None = None
+    reference: Callable | None = None
+    gather: dict = field(default_factory=dict)
+
+    def taking(self, function):
+        """`function` with the keyword arguments that `arguments` makes."""
+        if not self.gather:
+            return function
+
+        @functools.wraps(function)
+        def call(**arguments):
+            for name, parts in self.gather.items():
+                values = tuple(arguments.pop(part) for part in parts)
+                arguments[name] = None if values[0] is None else values
+            return function(**arguments)
+
+        return call
 
     def sizes(self, **given):
         """A full set of dims: `given`, and for the rest the first value of a OneOf or the lowest of a Dim."""

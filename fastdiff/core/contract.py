@@ -182,6 +182,11 @@ class Contract:
         return self._backward is None
 
 
+def without_autocast(x):
+    """Context in which autocast leaves the operations on x's device alone."""
+    return torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
+
+
 def public():
     """public function name -> (function, Case), over all op folders."""
     return {name: (function, made.cases()[name]) for made in REGISTRY.values() for name, function in made.public().items()}

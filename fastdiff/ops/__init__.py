@@ -1,7 +1,8 @@
 """The ops, one folder each; see CONTRIBUTING.md for adding one."""
 
 from .attention import attention, attention_with_lse
+from .fourier_cross_attend import fourier_cross_attend
 from .merge_attention import merge_attention
 from .patchify import patchify, unpatchify
 
-__all__ = ["attention", "attention_with_lse", "merge_attention", "patchify", "unpatchify"]
+__all__ = ["attention", "attention_with_lse", "fourier_cross_attend", "merge_attention", "patchify", "unpatchify"]

@@ -42,7 +42,7 @@ void row_stats(const Problem& p, const BackwardIn& in, const Item& item, float* 
     });
     f32 sum = dots(p.E, x, y);
     if (in.out_low.data) {
-      typed(p.type, [&]<class T>() { pack_transposed(n, p.E, row<T>(in.out_low, item.b, item.h, m), in.out_low.s, 1.0f, y); });
+      typed(p.type, [&]<class T>() { pack_transposed(n, p.E, row<T>(in.out_low, item.b, item.h, m), in.out_low.s, 1.0f / kLowScale, y); });
       sum += dots(p.E, x, y);
     }
     for (int64_t i = 0; i < n; ++i, stats += 4) {

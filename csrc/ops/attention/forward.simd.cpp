@@ -36,13 +36,13 @@ inline void online_softmax(float* s, int64_t width, float* stats, float* out, in
     for (int64_t j = 0; j < out_width; j += kLanes) store(out + j, load(out + j) * shrink);
 }
 
-// What rounding left over of x * scale beside its rounded values, 0 where they are not finite.
+// What rounding left over of x * scale beside its rounded values, times kLowScale; 0 where they are not finite.
 template <class T>
 void keep_low(int64_t n, const float* x, float scale, const T* rounded, T* low) {
   for (int64_t j = 0; j < n; j += kLanes) {
     const int rest = static_cast<int>(least(kLanes, n - j));
     const f32 over = load(x + j) * scale - load_n(rounded + j, rest);
-    store_n(low + j, over - over == 0.0f ? over : f32{}, rest);
+    store_n(low + j, over - over == 0.0f ? over * kLowScale : f32{}, rest);
   }
 }
 

@@ -53,8 +53,11 @@ struct Item {
   }
 };
 
+// float16 has as many digits for what rounding leaves over as for the rounded, whatever its size, when it stands 2^11 higher.
+constexpr float kLowScale = 2048.0f;
+
 struct ForwardOut {
-  View out, out_low;     // out_low: what rounding to half precision left over of out, or null
+  View out, out_low;     // out_low: what rounding to half precision left over of out, times kLowScale; or null
   float *lse, *lse_low;  // (B, H, M): natural log-sum-exp, rounded, and what rounding left over; each or both may be null
   // With more than one key split: unnormalised rows (items, query_rows, padded E), their maxima and sums (items, query_rows, 2).
   float *partial, *partial_stats;

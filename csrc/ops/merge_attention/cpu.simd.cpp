@@ -26,21 +26,13 @@ struct Weights {
   }
 };
 
-// f(column, load, store) for every vector of a row of E columns, the last of which may be part of one.
-template <class F>
-inline void columns(int64_t E, const F& f) {
-  int64_t j = 0;
-  for (; j + kLanes <= E; j += kLanes) f(j, [](const auto* p) { return load(p); }, [](auto* p, f32 x) { store(p, x); });
-  if (const int n = static_cast<int>(E - j)) f(j, [n](const auto* p) { return load_n(p, n); }, [n](auto* p, f32 x) { store_n(p, x, n); });
-}
-
 void merge(const Sizes& n, const Side& a, const Side& b, const Result& merged, int64_t begin, int64_t end) {
   typed(n.type, [&]<class T>() {
     for (int64_t i = begin; i < end; ++i) {
       const Weights w(a.lse[i], b.lse[i]);
       const T *x = row<T>(a.out, n, i), *y = row<T>(b.out, n, i);
       T* out = static_cast<T*>(merged.out) + i * n.E;
-      columns(n.E, [&](int64_t j, const auto& get, const auto& put) { put(out + j, get(x + j) * w.a + get(y + j) * w.b); });
+      for_vectors(n.E, [&](int64_t j, const auto& get, const auto& put, int) { put(out + j, get(x + j) * w.a + get(y + j) * w.b); });
       merged.lse[i] = w.lse;
     }
   });
@@ -55,7 +47,7 @@ void backward(const Sizes& n, const View& dout, const float* dlse, const Side& a
       const T *dy = row<T>(dout, n, i), *x = row<T>(a.out, n, i), *y = row<T>(b.out, n, i);
       T *dx = static_cast<T*>(da.out) + i * n.E, *dz = static_cast<T*>(db.out) + i * n.E;
       f32 sum = {};
-      columns(n.E, [&](int64_t j, const auto& get, const auto& put) {
+      for_vectors(n.E, [&](int64_t j, const auto& get, const auto& put, int) {
         const f32 g = get(dy + j);
         put(dx + j, g * w.a);
         put(dz + j, g * w.b);

@@ -11,6 +11,7 @@ from ...core.launch import pick
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOW = tl.constexpr(2048.0)  # float16 then has as many digits for what rounding leaves over as for the rounded
 LARGEST = 512
 
 
@@ -111,9 +112,9 @@ def _log_sum_exp(top, total, NATURAL: tl.constexpr):
 
 @jit
 def _store_low(low_ptr, y, i_bh, start, M, ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
-    """What rounding y to the memory's dtype leaves over, into contiguous (B, H, M, E); 0 where y overflows; nothing without memory."""
+    """LOW times what rounding y to the memory's dtype leaves over, into contiguous (B, H, M, E), if there is any; 0 where y overflows."""
     if low_ptr is not None:
-        low = y - narrow(y, low_ptr.dtype.element_ty).to(tl.float32)
+        low = (y - narrow(y, low_ptr.dtype.element_ty).to(tl.float32)) * LOW
         store_tile(low_ptr + i_bh * M * E, tl.where(tl.abs(low) < float("inf"), low, 0.0), start, E, M, ROWS, FIRST, WIDTH, E)
 
 
@@ -251,7 +252,6 @@ def _statistics(dout_ptr, out_ptr, out_low_ptr, lse_ptr, low_ptr, dlse_ptr, stat
     if not NATURAL:
         lse = lse * LOG2E
     lse, low = _two_floats(tl.where(lse == -float("inf"), float("inf"), lse))
-
     dout_ptr += (i_b * dout_strides[0] + i_h * dout_strides[1]) * UNIT
     out_ptr += (i_b * out_strides[0] + i_h * out_strides[1]) * UNIT
     if out_low_ptr is not None:
@@ -259,16 +259,16 @@ def _statistics(dout_ptr, out_ptr, out_low_ptr, lse_ptr, low_ptr, dlse_ptr, stat
     dout = load_tile(dout_ptr, start, dout_strides[2], M, ROWS, 0, E1, PADDED, UNIT)
     product = tl.zeros([ROWS, ROWS], tl.float32)
     product = _product_of_rows(product, dout, out_ptr, start, out_strides[2], M, ROWS, 0, E1, PADDED, UNIT)
-    product = _product_of_rows(product, dout, out_low_ptr, start, out_low_strides[2], M, ROWS, 0, E1, PADDED, UNIT)
+    low_product = tl.zeros([ROWS, ROWS], tl.float32)
+    low_product = _product_of_rows(low_product, dout, out_low_ptr, start, out_low_strides[2], M, ROWS, 0, E1, PADDED, UNIT)
     if E2:
         dout = load_tile(dout_ptr, start, dout_strides[2], M, ROWS, E1, E2, PADDED, UNIT)
         product = _product_of_rows(product, dout, out_ptr, start, out_strides[2], M, ROWS, E1, E2, PADDED, UNIT)
-        product = _product_of_rows(product, dout, out_low_ptr, start, out_low_strides[2], M, ROWS, E1, E2, PADDED, UNIT)
-    delta = tl.sum(tl.where(o_row[:, None] == o_row[None, :], product, 0.0), 1)
+        low_product = _product_of_rows(low_product, dout, out_low_ptr, start, out_low_strides[2], M, ROWS, E1, E2, PADDED, UNIT)
+    delta = tl.sum(tl.where(o_row[:, None] == o_row[None, :], product + low_product * (1.0 / LOW), 0.0), 1)
     dlse = tl.zeros([ROWS], tl.float32)
     if dlse_ptr is not None:
         dlse = tl.load(dlse_ptr + i_b * dlse_strides[0] + i_h * dlse_strides[1] + o_m * dlse_strides[2], mask=m_m, other=0.0)
-
     rows = tl.cast(B, tl.int64) * H * M
     stats_ptr += i_bh * M
     tl.store(stats_ptr + o_m, lse, mask=m_m)

@@ -1,0 +1,211 @@
+"""A Perceiver's read of an image: attention over pixels and their Fourier position features, which are never formed (NOTES.md)."""
+
+from math import prod
+
+import torch
+import torch.nn.functional as F
+
+from ...core.backend import cpu
+from ...core.check import dims, fail, integers, option, tensor
+from ...core.contract import contract, without_autocast
+from . import reference
+
+_ORDERS = ("kind", "axis")
+
+
+def _sizes(op, u, rows, columns, planes):
+    sizes = dims(op, u=(u, "B H M K"), rows=(rows, "B H M R"), columns=(columns, "B H M W"), planes=(planes, "B P R W"))
+    if sizes["P"] != sizes["K"] + 1:
+        fail(op, f"planes wants K + 1 = {sizes['K'] + 1} of them, got {sizes['P']}")
+
+
+def _outputs(u, rows, columns, planes):
+    _sizes("grid_attention", u, rows, columns, planes)
+    return *(x.new_empty(x.shape) for x in (u, rows, columns)), u.new_empty(u.shape[:3]), u.new_empty(u.shape[:3])
+
+
+def _backward_outputs(dsums, drow_sums, dcolumn_sums, u, rows, columns, planes, lse, lse_low, delta, planes_grad):
+    op = "grid_attention_backward"
+    _sizes(op, u, rows, columns, planes)
+    dims(op, u=(u, "B H M K"), dsums=(dsums, "B H M K"))
+    dims(op, rows=(rows, "B H M R"), drow_sums=(drow_sums, "B H M R"), columns=(columns, "B H M W"), dcolumn_sums=(dcolumn_sums, "B H M W"),
+         lse=(lse, "B H M"), lse_low=(lse_low, "B H M"), delta=(delta, "B H M"))
+    return *(x.new_empty(x.shape) for x in (u, rows, columns)), planes.new_empty(planes.shape if planes_grad else (0,))
+
+
+def _refuse(u, *_):
+    return None if u.dtype == torch.float32 else f"computes in float32, and {u.dtype} was asked for"
+
+
+def _plan(u, rows, columns, planes, *_):
+    scores = prod(u.shape[:3]) * rows.shape[3] * columns.shape[3]
+    return (f"positions factored into {rows.shape[3]} rows and {columns.shape[3]} columns: {planes.shape[1]} multiplications for each of "
+            f"{scores} scores")
+
+
+GRID = contract(
+    "grid_attention(Tensor u, Tensor rows, Tensor columns, Tensor planes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", outputs=_outputs,
+    reference=reference.grid_attention, module=__name__,
+    backends=(cpu("grid_attention", dtypes=None, refuse=_refuse, plan=_plan),))
+BACKWARD = contract(
+    "grid_attention_backward(Tensor dsums, Tensor drow_sums, Tensor dcolumn_sums, Tensor u, Tensor rows, Tensor columns, Tensor planes, "
+    "Tensor lse, Tensor lse_low, Tensor delta, bool planes_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    outputs=_backward_outputs, reference=reference.grid_attention_backward, module=__name__,
+    backends=(cpu("grid_attention_backward", dtypes=None, refuse=_refuse),))
+
+
+def _save(ctx, args, outs):
+    ctx.mark_non_differentiable(*outs[3:])
+    return *args, *outs
+
+
+def _backward(ctx, *douts):
+    args, outs = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    if all(d is None for d in douts[:3]):
+        return (None,) * 4
+    douts = [torch.zeros_like(y) if d is None else d for d, y in zip(douts[:3], outs, strict=False)]
+    with torch.no_grad():  # differentiable only through the reference, which computes it anew
+        delta = sum((d * y).sum(-1) for d, y in zip(douts, outs, strict=False))
+    grads = BACKWARD(*douts, *args, *outs[3:], delta, ctx.wants[3])
+    return *grads[:3], grads[3] if ctx.wants[3] else None
+
+
+def _jvp(ctx, *tangents):
+    args = ctx.saved_tensors[:4]
+    tangents = (torch.zeros_like(x) if d is None else d for d, x in zip(tangents, args, strict=True))
+    return *reference.grid_attention_tangent(*args, *tangents)[:3], None, None
+
+
+GRID.autograd(save=_save, backward=_backward, jvp=_jvp)
+
+
+def _mapped(made):
+    """Batching rule: the mapped axis joins B."""
+
+    def rule(info, in_dims, *args):
+        def fold(x, dim):
+            if not isinstance(x, torch.Tensor):
+                return x
+            return (x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+        outs = made(*(fold(x, d) for x, d in zip(args, in_dims, strict=True)))
+        empty = args[-1] is False  # a gradient that is not wanted
+        return (tuple(x if empty and i == 3 else x.unflatten(0, (info.batch_size, -1)) for i, x in enumerate(outs)),
+                tuple(None if empty and i == 3 else 0 for i in range(len(outs))))
+
+    return rule
+
+
+GRID.vmap(_mapped(GRID))
+BACKWARD.vmap(_mapped(BACKWARD))
+
+
+def _check(latents, image, q_weight, k_weight, v_weight, out_weight, biases, norms, bands, max_freq, order, heads, eps, residual):
+    """max_freq as one float per axis; refuses what does not fit together."""
+    op = "fourier_cross_attend"
+    needed = dict(latents=latents, image=image, q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, out_weight=out_weight)
+    for name, x in needed.items():
+        tensor(op, name, x)
+    sizes = dims(op, latents=(latents, "B M D"), q_weight=(q_weight, "A D"), k_weight=(k_weight, "A F"), v_weight=(v_weight, "V F"),
+                 out_weight=(out_weight, "O V"), **{name: (x, axis) for (name, x), axis in zip(biases.items(), "AAVO", strict=True)})
+    space = image.dim() - 2
+    if space not in (2, 3):
+        fail(op, f"image wants 4 or 5 dimensions (B, C, 2 or 3 of space), got {image.dim()}: {tuple(image.shape)}; positions on a line or "
+                 "on no grid do not factor: attend to their features")
+    dims(op, latents=(latents, "B M D"), image=(image, "B C h w" if space == 2 else "B C t h w"))
+    for name, norm in norms.items():
+        if norm is not None:
+            if not isinstance(norm, tuple | list) or len(norm) != 2:
+                raise TypeError(f"{op}: {name} wants (weight, bias) or None, got {norm!r:.80}")
+            axis = "D" if name == "target_norm" else "F"
+            dims(op, **({"q_weight": (q_weight, "A D")} if axis == "D" else {"k_weight": (k_weight, "A F")}),
+                 **{f"{name}[{i}]": (tensor(op, f"{name}[{i}]", x), axis) for i, x in enumerate(norm)})
+    (bands,), (heads,) = integers(op, "bands", bands), integers(op, "heads", heads)
+    option(op, "order", order, _ORDERS)
+    wanted = image.shape[1] + space * (2 * bands + 1)
+    if sizes["F"] != wanted:
+        fail(op, f"k_weight wants F = C + axes (2 bands + 1) = {wanted}, got {tuple(k_weight.shape)}")
+    for name, axis in (("q_weight", "A"), ("v_weight", "V")):
+        if sizes[axis] % heads:
+            fail(op, f"heads wants a divisor of {name}'s {sizes[axis]} rows, got {heads}")
+    if residual and sizes["O"] != sizes["D"]:
+        fail(op, f"out_weight wants O = D = {sizes['D']} rows for the residual, got {tuple(out_weight.shape)}")
+    if not isinstance(residual, bool):
+        raise TypeError(f"{op}: residual wants a bool, got {residual!r}")
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or eps < 0:
+        raise TypeError(f"{op}: eps wants a float of at least 0, got {eps!r}")
+    each = tuple(max_freq) if isinstance(max_freq, tuple | list) else (max_freq,) * space
+    if len(each) != space or not all(isinstance(f, int | float) and not isinstance(f, bool) for f in each):
+        raise TypeError(f"{op}: max_freq wants a float or {space} of them, got {max_freq!r}")
+    return tuple(float(f) for f in each)
+
+
+def _moments(image, grid, eps):
+    """(mean, 1 / standard deviation), (B, *space) each, of every pixel's channels and position features; in float64."""
+    width = image.shape[1] + sum(x.shape[1] for x in grid)
+    image, total, squares = image.double(), 0.0, 0.0
+    for axis, x in enumerate(grid):
+        shape = [-1 if i == axis else 1 for i in range(len(grid))]
+        total, squares = total + x.double().sum(1).view(shape), squares + x.double().square().sum(1).view(shape)
+    mean = (image.sum(1) + total) / width
+    return mean, torch.rsqrt((image.square().sum(1) + squares) / width - mean.square() + eps)
+
+
+def _read(u, image, grid, norm, eps):
+    """sum_j P_j x_j, P = softmax(u x), over the (normalised, not yet scaled) features x_j of the pixels: (B, H, M, F)."""
+    C, space = image.shape[1], image.shape[2:]
+    if norm:
+        mean, scale = _moments(image, grid, eps)
+        planes = torch.cat((image * scale.unsqueeze(1), (mean * scale).unsqueeze(1), scale.unsqueeze(1)), 1).to(u.dtype)
+    else:
+        planes = torch.cat((image, torch.zeros_like(image[:, :1]), torch.ones_like(image[:, :1])), 1)
+    tables = [part @ x.T for part, x in zip(u[..., C:].split([x.shape[1] for x in grid], -1), grid, strict=True)]
+    rows = tables[0] if len(tables) == 2 else (tables[0].unsqueeze(-1) + tables[1].unsqueeze(-2)).flatten(-2)
+    pixels = torch.cat((u[..., :C], -u.sum(-1, keepdim=True)), -1)
+    sums, row_sums, column_sums = GRID(pixels, rows, tables[-1], planes.flatten(2, -2))[:3]
+    leading = [row_sums] if len(tables) == 2 else [row_sums.unflatten(-1, space[:2]).sum(-1), row_sums.unflatten(-1, space[:2]).sum(-2)]
+    position = [weights @ x for weights, x in zip((*leading, column_sums), grid, strict=True)]
+    return torch.cat((sums[..., :-1], *position), -1) - sums[..., -1:]
+
+
+def fourier_cross_attend(latents, image, q_weight, k_weight, v_weight, out_weight, *, bands, max_freq, order="kind", heads=1, q_bias=None,
+                         k_bias=None, v_bias=None, out_bias=None, target_norm=None, source_norm=None, eps=1e-6, residual=True):
+    """latents + W_o attention(W_q LN(latents), W_k LN(x), W_v LN(x)), x = [channels | Fourier position features] of each pixel of a grid.
+
+    Shapes   latents (B, M, D); image (B, C, h, w) or (B, C, t, h, w), any strides; weights as in nn.Linear: q (A, D), k (A, F), v (V, F),
+             out (O, V), F = C + axes (2 bands + 1), heads divides A and V -> (B, M, O), O = D with the residual
+    Options  positions of an axis run from -1 to 1; frequencies, in half periods over that, from 1 to max_freq / 2 (a float, or one per
+             axis); order of the position features: "kind" (all positions, all sines, all cosines; DeepMind, transformers) or "axis" (sines,
+             cosines, position of each axis; perceiver-pytorch); *_norm = (weight, bias) of a LayerNorm, or None for none
+    Dtypes   float32, float16, bfloat16, float64; all equal; computed in float32 (float64 for float64)
+    Grads    latents, image, weights, biases, norms; every order. k_bias moves all scores of a query alike: its gradient is 0
+    Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
+    Source   Jaegle et al. 2021, section 3.2; the scores' positional part separates over the axes, exactly
+    """
+    biases = dict(q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, out_bias=out_bias)
+    norms = dict(target_norm=target_norm, source_norm=source_norm)
+    max_freq = _check(latents, image, q_weight, k_weight, v_weight, out_weight, biases, norms, bands, max_freq, order, heads, eps, residual)
+    dtype, space = latents.dtype, image.shape[2:]
+    wide = lambda x: x if x is None or x.dtype == torch.float64 else x.float()
+    latents, image, q_weight, k_weight, v_weight, out_weight, q_bias, v_bias, out_bias = map(
+        wide, (latents, image, q_weight, k_weight, v_weight, out_weight, q_bias, v_bias, out_bias))
+    with without_autocast(latents):
+        z = latents if target_norm is None else F.layer_norm(latents, latents.shape[-1:], *map(wide, target_norm), eps)
+        if prod(space):
+            # Columns of k and v with each axis' features together, in the order of reference.axis_features.
+            C = image.shape[1]
+            inner = [*range(C), *(C + c for c in reference.columns(len(space), bands, order))]
+            gain, shift = (None, None) if source_norm is None else (wide(x)[inner] for x in source_norm)
+            q = F.linear(z, q_weight, q_bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+            u = q * q.shape[-1] ** -0.5 @ k_weight[:, inner].unflatten(0, (heads, -1))
+            grid = [reference.axis_features(n, bands, f, u) for n, f in zip(space, max_freq, strict=True)]
+            x = _read(u if gain is None else u * gain, image, grid, gain is not None, eps)
+            x = x if gain is None else x * gain + shift
+            v = (x @ v_weight[:, inner].unflatten(0, (heads, -1)).transpose(-1, -2)).transpose(1, 2).flatten(2)
+            v = v if v_bias is None else v + v_bias
+        else:
+            v = z.new_zeros((*z.shape[:2], v_weight.shape[0]))
+        out = F.linear(v, out_weight, out_bias)
+        if k_bias is not None:
+            out = out + 0 * k_bias.sum()
+        return (latents + out if residual else out).to(dtype)
