@@ -54,7 +54,8 @@ class Case:
     batched: the tensor arguments with a leading batch axis along which samples are independent. heads: those with a second axis along
     which heads are. linear: the op is linear in its tensors. bench: row name -> dims. fused: PyTorch's own fused op for the same
     arguments and results, where it has one: its error is plain PyTorch's too. reference: the function's meaning, where that is more than
-    its contracts' references under it. gather: name -> the arguments that the function takes as one tuple of that name (None if they are).
+    its contracts' references under it. gather: the arguments that the function takes as a tuple of two (or None), here name_0 and name_1.
+    any_rank: the tensor arguments with any number of leading axes.
     """
 
     dims: dict
@@ -68,7 +69,8 @@ class Case:
     bench: dict = field(default_factory=dict)
     fused: Callable | None = None
     reference: Callable | None = None
-    gather: dict = field(default_factory=dict)
+    gather: tuple = ()
+    any_rank: tuple = ()
 
     def taking(self, function):
         """`function` with the keyword arguments that `arguments` makes."""
@@ -77,9 +79,9 @@ class Case:
 
         @functools.wraps(function)
         def call(**arguments):
-            for name, parts in self.gather.items():
-                values = tuple(arguments.pop(part) for part in parts)
-                arguments[name] = None if values[0] is None else values
+            for name in self.gather:
+                pair = arguments.pop(f"{name}_0"), arguments.pop(f"{name}_1")
+                arguments[name] = None if pair[0] is None and pair[1] is None else pair
             return function(**arguments)
 
         return call

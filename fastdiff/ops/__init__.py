@@ -2,7 +2,8 @@
 
 from .attention import attention, attention_with_lse
 from .fourier_cross_attend import fourier_cross_attend
+from .linear import linear
 from .merge_attention import merge_attention
 from .patchify import patchify, unpatchify
 
-__all__ = ["attention", "attention_with_lse", "fourier_cross_attend", "merge_attention", "patchify", "unpatchify"]
+__all__ = ["attention", "attention_with_lse", "fourier_cross_attend", "linear", "merge_attention", "patchify", "unpatchify"]

@@ -1,5 +1,6 @@
 """Malformed calls, derived from a Case: in a table for the property tests, at random in a child process for `verify --malformed`."""
 
+import inspect
 import random
 import sys
 from collections.abc import Callable
@@ -59,7 +60,8 @@ def _tensor_arguments(subject):
 
 
 def _optional(subject):
-    return {a.name for c in subject.contracts for a in c.op._schema.arguments if "Optional" in str(a.type)}
+    named = {a.name for c in subject.contracts for a in c.op._schema.arguments if "Optional" in str(a.type)}
+    return named | {p.name for p in inspect.signature(subject.function).parameters.values() if p.default is None}
 
 
 def mutations(subject, example):
@@ -85,7 +87,7 @@ def mutations(subject, example):
         x = made[name]
         if name not in optional:
             add("None", lambda: None)
-        add("of 8 dimensions", lambda x=x: x.reshape((1,) * (8 - x.dim()) + x.shape))
+        add("of 8 dimensions", lambda x=x: x.reshape((1,) * (8 - x.dim()) + x.shape), name not in case.any_rank)
         wrong = (torch.int32, torch.float32) if isinstance(spec, Integers) else (torch.int64, torch.bool, torch.complex64, torch.uint8)
         for dtype in wrong:
             add(f"of {dtype}", lambda x=x, dtype=dtype: torch.ones(x.shape, dtype=dtype, device=x.device))

@@ -29,9 +29,9 @@ inline void each(int64_t K, const F& f) {
 template <class F>
 inline void with_planes(int64_t K, F&& f) {
   switch (K) {
-    case 2: return f.template operator()<2>();
+    case 1: return f.template operator()<1>();
+    case 3: return f.template operator()<3>();
     case 4: return f.template operator()<4>();
-    case 5: return f.template operator()<5>();
     default: return f.template operator()<0>();
   }
 }
@@ -133,7 +133,7 @@ void forward(const Problem& p, const Sums& out, int64_t begin, int64_t end, floa
   with_planes(p.K, [&]<int known>() { forward_rows<known>(p, out, begin, end, scratch); });
 }
 
-// P and the score's gradient P (dP - delta) of one vector of pixels; dP = (drow + dcolumn) position + sum_k dsums[k] plane[k].
+// P and P (dP - delta) of one vector of pixels; dP = (drow + dcolumn) position + sum_k dsums[k] plane[k].
 template <int known>
 struct Gradients {
   const Line<known> line;
@@ -142,7 +142,7 @@ struct Gradients {
 
   Gradients(const Problem& p, const Gradient& g, int64_t query, int64_t b, int64_t y)
       : line(p, query, b, y), dsums(g.sums + query * p.K), dcolumns(g.column_sums + query * p.W), drow(g.row_sums[query * p.R + y]),
-        lse(g.lse[query]), lse_low(g.lse_low[query]), delta(g.delta[query]) {}
+        lse(g.results.lse[query]), lse_low(g.results.lse_low[query]), delta(g.delta[query]) {}
 
   template <class Get>
   void at(int64_t x, const Get& get, int n, f32& probability, f32& ds) const {
@@ -153,31 +153,55 @@ struct Gradients {
   }
 };
 
+float dot(const float* a, const float* b, int64_t n) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < n; ++i) sum += double{a[i]} * b[i];
+  return static_cast<float>(sum);
+}
+
+// a - b c with the product rounded: an FMA would leave its rounding behind where the two are equal.
+inline float less(float a, float b, float c) {
+  const volatile float product = b * c;
+  return a - product;
+}
+
+// The softmax takes sum(P dP) off dP. From the results that sum is off by the rounding of them all, which is much where one pixel has
+// nearly all the weight; but then every gradient is off by what is left, sum(P (dP - delta)), times a result, and is put right by it.
 template <int known>
 void backward_rows(const Problem& p, const Gradient& g, int64_t begin, int64_t end, float* scratch) {
   const int64_t width = padded(p.W), K = p.K, n = end - begin, b = begin / (p.H * p.M);
   float *columns = scratch, *totals = columns + (n + 1) * width, *local = totals + n * (K + 1) * kLanes;
   for (float* x = columns; x < local; x += kLanes) store(x, f32{});
+  for (int64_t i = begin; i < end; ++i)
+    g.delta[i] = dot(g.sums + i * K, g.results.sums + i * K, K) + dot(g.row_sums + i * p.R, g.results.row_sums + i * p.R, p.R) +
+                 dot(g.column_sums + i * p.W, g.results.column_sums + i * p.W, p.W);
   for (int64_t y = 0; y < p.R; ++y)
     for (int64_t i = 0; i < n; ++i) {
       const Gradients<known> one(p, g, begin + i, b, y);
       float *mine = columns + i * width, *total = totals + i * (K + 1) * kLanes;
       Vectors<known> sums(K, local);
-      f32 row = {};
+      f32 row = {}, rest = {};
       for_vectors(p.W, [&](int64_t x, const auto& get, const auto&, int lanes) {
         f32 probability, ds;
         one.at(x, get, lanes, probability, ds);
         const f32 d = ds * get(one.line.position + x);
         store(mine + x, load(mine + x) + d);
         row += d;
+        rest += ds;
         each<known>(K, [&](auto k) { sums.add(k, ds * get(one.line.first + k * one.line.step + x)); });
       });
       each<known>(K, [&](auto k) { store(total + k * kLanes, load(total + k * kLanes) + sums.get(k)); });
+      store(total + K * kLanes, load(total + K * kLanes) + rest);
       g.rows[(begin + i) * p.R + y] = reduce_add(row);
     }
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t k = 0; k < K; ++k) g.u[(begin + i) * K + k] = reduce_add(load(totals + (i * (K + 1) + k) * kLanes));
-    for (int64_t x = 0; x < p.W; ++x) g.columns[(begin + i) * p.W + x] = columns[i * width + x];
+    const int64_t at = begin + i;
+    const float *total = totals + i * (K + 1) * kLanes, rest = reduce_add(load(total + K * kLanes));
+    for (int64_t k = 0; k < K; ++k) g.u[at * K + k] = less(reduce_add(load(total + k * kLanes)), rest, g.results.sums[at * K + k]);
+    for (int64_t y = 0; y < p.R; ++y) g.rows[at * p.R + y] = less(g.rows[at * p.R + y], rest, g.results.row_sums[at * p.R + y]);
+    for (int64_t x = 0; x < p.W; ++x)
+      g.columns[at * p.W + x] = less(columns[i * width + x], rest, g.results.column_sums[at * p.W + x]);
+    g.delta[at] += rest;
   }
 }
 

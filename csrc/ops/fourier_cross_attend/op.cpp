@@ -47,15 +47,17 @@ void grid_attention(const Tensor& u, const Tensor& rows, const Tensor& columns, 
 }
 
 void grid_attention_backward(const Tensor& dsums_, const Tensor& drow_sums_, const Tensor& dcolumn_sums_, const Tensor& u, const Tensor& rows,
-                             const Tensor& columns, const Tensor& planes, const Tensor& lse_, const Tensor& lse_low_, const Tensor& delta_,
-                             bool planes_grad, const Tensor& du, const Tensor& drows, const Tensor& dcolumns, const Tensor& dplanes) {
+                             const Tensor& columns, const Tensor& planes, const Tensor& sums_, const Tensor& row_sums_, const Tensor& column_sums_,
+                             const Tensor& lse_, const Tensor& lse_low_, bool planes_grad, const Tensor& du, const Tensor& drows, const Tensor& dcolumns, const Tensor& dplanes) {
   const Inputs inputs(u, rows, columns, planes);
   const Problem& p = inputs.problem;
   const Tensor dsums = torch::stable::contiguous(dsums_), drow_sums = torch::stable::contiguous(drow_sums_),
                dcolumn_sums = torch::stable::contiguous(dcolumn_sums_), lse = torch::stable::contiguous(lse_),
-               lse_low = torch::stable::contiguous(lse_low_), delta = torch::stable::contiguous(delta_);
-  const Gradient g{in(dsums), in(drow_sums), in(dcolumn_sums), in(lse), in(lse_low), in(delta), out(du), out(drows), out(dcolumns),
-                   planes_grad ? out(dplanes) : nullptr};
+               lse_low = torch::stable::contiguous(lse_low_), sums = torch::stable::contiguous(sums_),
+               row_sums = torch::stable::contiguous(row_sums_), column_sums = torch::stable::contiguous(column_sums_);
+  const Buffer delta = allocate(p.queries());
+  const Gradient g{{out(sums), out(row_sums), out(column_sums), out(lse), out(lse_low)}, in(dsums), in(drow_sums), in(dcolumn_sums), delta.get(),
+                   out(du), out(drows), out(dcolumns), planes_grad ? out(dplanes) : nullptr};
   if (lse.numel()) for_queries(p, [&](int64_t begin, int64_t end, float* scratch) { pick_kernels().backward(p, g, begin, end, scratch); });
   if (planes_grad && dplanes.numel()) {
     const int64_t lines = p.B * p.R, chunk = std::max<int64_t>(1, lines / 64);
@@ -74,7 +76,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) {
       "Tensor(d!) lse, Tensor(e!) lse_low) -> ()");
   m.def(
       "grid_attention_backward(Tensor dsums, Tensor drow_sums, Tensor dcolumn_sums, Tensor u, Tensor rows, Tensor columns, Tensor planes, "
-      "Tensor lse, Tensor lse_low, Tensor delta, bool planes_grad, Tensor(a!) du, Tensor(b!) drows, Tensor(c!) dcolumns, Tensor(d!) dplanes) -> ()");
+      "Tensor sums, Tensor row_sums, Tensor column_sums, Tensor lse, Tensor lse_low, bool planes_grad, Tensor(a!) du, Tensor(b!) drows, Tensor(c!) dcolumns, Tensor(d!) dplanes) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CPU, m) {
   m.impl("grid_attention", TORCH_BOX(&fastdiff::fourier_cross_attend::grid_attention));

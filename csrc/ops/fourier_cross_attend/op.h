@@ -22,8 +22,9 @@ struct Sums {
 };
 
 struct Gradient {
+  Sums results;
   const float *sums, *row_sums, *column_sums;  // of the results
-  const float *lse, *lse_low, *delta;          // delta: what the softmax takes off a query's gradients of P
+  float* delta;                                // (B, H, M): sum of P dP, left by backward for backward_planes
   float *u, *rows, *columns;                   // of the arguments
   float* planes;                               // or null
 };

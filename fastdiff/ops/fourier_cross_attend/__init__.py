@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from ...core.backend import cpu
 from ...core.check import dims, fail, integers, option, tensor
 from ...core.contract import contract, without_autocast
+from ..linear import linear
 from . import reference
 
 _ORDERS = ("kind", "axis")
@@ -24,12 +25,12 @@ def _outputs(u, rows, columns, planes):
     return *(x.new_empty(x.shape) for x in (u, rows, columns)), u.new_empty(u.shape[:3]), u.new_empty(u.shape[:3])
 
 
-def _backward_outputs(dsums, drow_sums, dcolumn_sums, u, rows, columns, planes, lse, lse_low, delta, planes_grad):
+def _backward_outputs(dsums, drow_sums, dcolumn_sums, u, rows, columns, planes, sums, row_sums, column_sums, lse, lse_low, planes_grad):
     op = "grid_attention_backward"
     _sizes(op, u, rows, columns, planes)
-    dims(op, u=(u, "B H M K"), dsums=(dsums, "B H M K"))
-    dims(op, rows=(rows, "B H M R"), drow_sums=(drow_sums, "B H M R"), columns=(columns, "B H M W"), dcolumn_sums=(dcolumn_sums, "B H M W"),
-         lse=(lse, "B H M"), lse_low=(lse_low, "B H M"), delta=(delta, "B H M"))
+    dims(op, u=(u, "B H M K"), dsums=(dsums, "B H M K"), sums=(sums, "B H M K"), lse=(lse, "B H M"), lse_low=(lse_low, "B H M"))
+    dims(op, rows=(rows, "B H M R"), drow_sums=(drow_sums, "B H M R"), row_sums=(row_sums, "B H M R"), columns=(columns, "B H M W"),
+         dcolumn_sums=(dcolumn_sums, "B H M W"), column_sums=(column_sums, "B H M W"))
     return *(x.new_empty(x.shape) for x in (u, rows, columns)), planes.new_empty(planes.shape if planes_grad else (0,))
 
 
@@ -49,7 +50,7 @@ GRID = contract(
     backends=(cpu("grid_attention", dtypes=None, refuse=_refuse, plan=_plan),))
 BACKWARD = contract(
     "grid_attention_backward(Tensor dsums, Tensor drow_sums, Tensor dcolumn_sums, Tensor u, Tensor rows, Tensor columns, Tensor planes, "
-    "Tensor lse, Tensor lse_low, Tensor delta, bool planes_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor sums, Tensor row_sums, Tensor column_sums, Tensor lse, Tensor lse_low, bool planes_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     outputs=_backward_outputs, reference=reference.grid_attention_backward, module=__name__,
     backends=(cpu("grid_attention_backward", dtypes=None, refuse=_refuse),))
 
@@ -64,9 +65,7 @@ def _backward(ctx, *douts):
     if all(d is None for d in douts[:3]):
         return (None,) * 4
     douts = [torch.zeros_like(y) if d is None else d for d, y in zip(douts[:3], outs, strict=False)]
-    with torch.no_grad():  # differentiable only through the reference, which computes it anew
-        delta = sum((d * y).sum(-1) for d, y in zip(douts, outs, strict=False))
-    grads = BACKWARD(*douts, *args, *outs[3:], delta, ctx.wants[3])
+    grads = BACKWARD(*douts, *args, *outs, ctx.wants[3])
     return *grads[:3], grads[3] if ctx.wants[3] else None
 
 
@@ -140,32 +139,36 @@ def _check(latents, image, q_weight, k_weight, v_weight, out_weight, biases, nor
     return tuple(float(f) for f in each)
 
 
-def _moments(image, grid, eps):
-    """(mean, 1 / standard deviation), (B, *space) each, of every pixel's channels and position features; in float64."""
+def _scale(image, grid, eps):
+    """1 / standard deviation, (B, *space), of every pixel's channels and position features; in float64."""
     width = image.shape[1] + sum(x.shape[1] for x in grid)
     image, total, squares = image.double(), 0.0, 0.0
     for axis, x in enumerate(grid):
         shape = [-1 if i == axis else 1 for i in range(len(grid))]
         total, squares = total + x.double().sum(1).view(shape), squares + x.double().square().sum(1).view(shape)
     mean = (image.sum(1) + total) / width
-    return mean, torch.rsqrt((image.square().sum(1) + squares) / width - mean.square() + eps)
+    return torch.rsqrt((image.square().sum(1) + squares) / width - mean.square() + eps)
 
 
 def _read(u, image, grid, norm, eps):
-    """sum_j P_j x_j, P = softmax(u x), over the (normalised, not yet scaled) features x_j of the pixels: (B, H, M, F)."""
+    """sum_j P_j x_j, P = softmax(u x), over the (normalised, not yet scaled) features x_j of the pixels: (B, H, M, F).
+
+    A LayerNorm's centring is a projection: applied to u and to the sum, it need not be to the pixels.
+    """
     C, space = image.shape[1], image.shape[2:]
     if norm:
-        mean, scale = _moments(image, grid, eps)
-        planes = torch.cat((image * scale.unsqueeze(1), (mean * scale).unsqueeze(1), scale.unsqueeze(1)), 1).to(u.dtype)
+        u = u - u.mean(-1, keepdim=True)
+        scale = _scale(image, grid, eps).unsqueeze(1)
+        planes = torch.cat((image * scale, scale), 1).to(u.dtype)
     else:
-        planes = torch.cat((image, torch.zeros_like(image[:, :1]), torch.ones_like(image[:, :1])), 1)
-    tables = [part @ x.T for part, x in zip(u[..., C:].split([x.shape[1] for x in grid], -1), grid, strict=True)]
+        planes = torch.cat((image, torch.ones_like(image[:, :1])), 1)
+    tables = [linear(part, x) for part, x in zip(u[..., C:].split([x.shape[1] for x in grid], -1), grid, strict=True)]
     rows = tables[0] if len(tables) == 2 else (tables[0].unsqueeze(-1) + tables[1].unsqueeze(-2)).flatten(-2)
-    pixels = torch.cat((u[..., :C], -u.sum(-1, keepdim=True)), -1)
-    sums, row_sums, column_sums = GRID(pixels, rows, tables[-1], planes.flatten(2, -2))[:3]
+    sums, row_sums, column_sums = GRID(u[..., :C], rows, tables[-1], planes.flatten(2, -2))[:3]
     leading = [row_sums] if len(tables) == 2 else [row_sums.unflatten(-1, space[:2]).sum(-1), row_sums.unflatten(-1, space[:2]).sum(-2)]
-    position = [weights @ x for weights, x in zip((*leading, column_sums), grid, strict=True)]
-    return torch.cat((sums[..., :-1], *position), -1) - sums[..., -1:]
+    position = [linear(weights, x.T) for weights, x in zip((*leading, column_sums), grid, strict=True)]
+    x = torch.cat((sums, *position), -1)
+    return x - x.mean(-1, keepdim=True) if norm else x
 
 
 def fourier_cross_attend(latents, image, q_weight, k_weight, v_weight, out_weight, *, bands, max_freq, order="kind", heads=1, q_bias=None,
@@ -190,22 +193,28 @@ def fourier_cross_attend(latents, image, q_weight, k_weight, v_weight, out_weigh
     latents, image, q_weight, k_weight, v_weight, out_weight, q_bias, v_bias, out_bias = map(
         wide, (latents, image, q_weight, k_weight, v_weight, out_weight, q_bias, v_bias, out_bias))
     with without_autocast(latents):
-        z = latents if target_norm is None else F.layer_norm(latents, latents.shape[-1:], *map(wide, target_norm), eps)
+        z = latents
+        if target_norm is not None:  # with the affine part apart: layer_norm adds its gradient up by threads
+            gain, shift = map(wide, target_norm)
+            z = F.layer_norm(latents, latents.shape[-1:], eps=eps) * gain + shift
         if prod(space):
             # Columns of k and v with each axis' features together, in the order of reference.axis_features.
             C = image.shape[1]
             inner = [*range(C), *(C + c for c in reference.columns(len(space), bands, order))]
             gain, shift = (None, None) if source_norm is None else (wide(x)[inner] for x in source_norm)
-            q = F.linear(z, q_weight, q_bias).unflatten(-1, (heads, -1)).transpose(1, 2)
-            u = q * q.shape[-1] ** -0.5 @ k_weight[:, inner].unflatten(0, (heads, -1))
+            q = linear(z, q_weight, q_bias)
+            width = q.shape[-1] // heads
+            parts = zip((q * width**-0.5).split(width, -1), k_weight[:, inner].split(width), strict=True)
+            u = torch.stack([linear(a, w.T) for a, w in parts], 1)
             grid = [reference.axis_features(n, bands, f, u) for n, f in zip(space, max_freq, strict=True)]
             x = _read(u if gain is None else u * gain, image, grid, gain is not None, eps)
             x = x if gain is None else x * gain + shift
-            v = (x @ v_weight[:, inner].unflatten(0, (heads, -1)).transpose(-1, -2)).transpose(1, 2).flatten(2)
+            parts = zip(x.unbind(1), v_weight[:, inner].split(v_weight.shape[0] // heads), strict=True)
+            v = torch.cat([linear(a, w) for a, w in parts], -1)
             v = v if v_bias is None else v + v_bias
         else:
             v = z.new_zeros((*z.shape[:2], v_weight.shape[0]))
-        out = F.linear(v, out_weight, out_bias)
+        out = linear(v, out_weight, out_bias)
         if k_bias is not None:
             out = out + 0 * k_bias.sum()
         return (latents + out if residual else out).to(dtype)

@@ -76,7 +76,8 @@ def grid_attention_tangent(u, rows, columns, planes, du, drows, dcolumns, dplane
     return *(a + b for a, b in zip(moved, own, strict=True)), dlse
 
 
-def grid_attention_backward(dsums, drow_sums, dcolumn_sums, u, rows, columns, planes, lse, lse_low, delta, planes_grad):
+def grid_attention_backward(dsums, drow_sums, dcolumn_sums, u, rows, columns, planes, sums, row_sums, column_sums, lse, lse_low,
+                            planes_grad):
     """Gradients (du, drows, dcolumns, dplanes); dplanes is empty unless wanted."""
     p = _softmax(_scores(u, rows, columns, planes))
     dp = _scores(dsums, drow_sums, dcolumn_sums, planes)
