@@ -253,3 +253,45 @@ def _eager_merge(out_a, lse_a, out_b, lse_b):
 
 
 _eager("merge_attention", _eager_merge)
+
+
+# linear
+
+_eager("linear", F.linear)
+
+
+# fourier_cross_attend: the features made once, outside the times, as a user would
+
+def _axis_features(n, bands, max_freq, like):
+    places = torch.linspace(-1, 1, n, dtype=torch.float64)
+    angles = torch.pi * places[:, None] * torch.linspace(1, max_freq / 2, bands, dtype=torch.float64)
+    return [x.to(like) for x in (places[:, None], angles.sin(), angles.cos())]
+
+
+@lru_cache(4)
+def _positions(grid, bands, max_freq, order, device, dtype):
+    like, parts = torch.empty(0, device=device, dtype=dtype), []
+    for axis, n in enumerate(grid):
+        shape = [n if i == axis else 1 for i in range(len(grid))]
+        parts.append([x.view(*shape, -1).expand(*grid, -1) for x in _axis_features(n, bands, max_freq, like)])
+    if order == "axis":
+        found = [x for position, sine, cosine in parts for x in (sine, cosine, position)]
+    else:
+        found = [x for kind in zip(*parts, strict=True) for x in kind]
+    return torch.cat(found, -1).flatten(0, -2)
+
+
+def _perceiver_read(latents, image, q_weight, k_weight, v_weight, out_weight, bands, max_freq, order, heads, q_bias, k_bias, v_bias,
+                    out_bias, eps, residual, **norms):
+    positions = _positions(tuple(image.shape[2:]), bands, max_freq, order, image.device, image.dtype)
+    x = torch.cat((image.flatten(2).transpose(1, 2), positions.expand(image.shape[0], -1, -1)), -1)
+    normed = lambda x, name: F.layer_norm(x, x.shape[-1:], norms[f"{name}_0"], norms[f"{name}_1"], eps) if f"{name}_0" in norms else x
+    z, x = normed(latents, "target_norm"), normed(x, "source_norm")
+    split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    y = F.scaled_dot_product_attention(split(F.linear(z, q_weight, q_bias)), split(F.linear(x, k_weight, k_bias)),
+                                       split(F.linear(x, v_weight, v_bias)))
+    y = F.linear(y.transpose(1, 2).flatten(2), out_weight, out_bias)
+    return latents + y if residual else y
+
+
+_eager("fourier_cross_attend", _perceiver_read)

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from ..ops import attention
+from ..ops import attention, fourier_cross_attend
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,43 @@ def _perceiver(plain):
     return forward
 
 
+def _perceiver_model(plain):
+    def forward(self, data, mask=None, return_embeddings=False, block_outputs=None, return_hiddens=False):
+        reads = [block.cross_attn for block in self.layers]
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        hooked = any(getattr(m, h) for read in reads for m in read.modules() for h in hooks)
+        if (mask is not None or block_outputs is not None or return_hiddens or hooked or data.dim() != self.input_axis + 2
+                or data.device.type not in ("cpu", "cuda") or (self.training and any(r.fn.dropout.p > 0 for r in reads))):
+            return plain(self, data, mask, return_embeddings, block_outputs, return_hiddens)
+        x, image = self.latents.expand(data.shape[0], -1, -1), data.movedim(-1, 1)
+        for block, read in zip(self.layers, reads, strict=True):
+            k, v = read.fn.to_kv.weight.chunk(2)
+            x = fourier_cross_attend(
+                x, image, read.fn.to_q.weight, k, v, read.fn.to_out.weight, bands=self.num_freq_bands, max_freq=float(self.max_freq),
+                order="axis", heads=read.fn.heads, out_bias=read.fn.to_out.bias, target_norm=(read.norm.weight, read.norm.bias),
+                source_norm=(read.norm_context.weight, read.norm_context.bias), eps=read.norm.eps)
+            x = block.cross_ff(x) + x
+            for attend, feed in block.self_attns:
+                x = attend(x) + x
+                x = feed(x) + x
+        return x if return_embeddings else self.to_logits(x)
+
+    return forward
+
+
+def _positions_that_factor(m):
+    if not m.fourier_encode_data or m.input_axis not in (2, 3):
+        return "its input is no grid of pixels with Fourier features of 2 or 3 axes"
+    if m.has_attn_residual or any(m.inverted_cross_attn):
+        return "attention residuals or inverted attention"
+    return None
+
+
+def _model_dropout(m):
+    p = max(block.cross_attn.fn.dropout.p for block in m.layers)
+    return f"dropout {p:g}: the original runs in training mode" if p > 0 else None
+
+
 def _dropout(m):
     p = getattr(m, "attn_dropout", getattr(m, "dropout", None))
     return f"dropout {p.p:g}: the original runs in training mode" if p is not None and p.p > 0 else None
@@ -108,6 +145,11 @@ RULES = (
          options=frozenset(("dropout", "flash", "inverted_attention")),
          refuse=lambda m: "inverted attention: its softmax is over the queries" if getattr(m, "inverted_attention", False) else None),
     Rule("perceiver_pytorch.perceiver_pytorch", "Attention", **_PERCEIVER),
+    Rule("perceiver_pytorch.perceiver_pytorch", "Perceiver", _perceiver_model, refuse=_positions_that_factor, note=_model_dropout,
+         inputs=frozenset("data mask return_embeddings block_outputs return_hiddens".split()),
+         options=frozenset("num_freq_bands depth max_freq input_channels input_axis num_latents latent_dim cross_heads latent_heads "
+                           "cross_dim_head latent_dim_head num_classes attn_dropout ff_dropout weight_tie_layers fourier_encode_data "
+                           "self_per_cross_attn final_classifier_head inverted_cross_attn attn_residual attn_residual_rank".split())),
     Rule("perceiver_pytorch.perceiver_io", "Attention", **_PERCEIVER),
     Rule("rin_pytorch.rin_pytorch", "LinearAttention", leave=_LINEAR),
     Rule("perceiver_pytorch.experimental", "LinearAttention", leave=_LINEAR),

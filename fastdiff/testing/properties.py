@@ -420,7 +420,8 @@ def bad_arguments(subject, example):
         text = str(problem)
         names = (subject.name, *(c.name for c in subject.contracts))
         assert any(text.startswith(f"{name}:") for name in names), f"{bad}: the message does not begin with the op: {text}"
-        assert set(bad.arguments) & set(text.replace(",", " ").replace("[", "_").replace("]", "").split()), f"{bad}: the message does not name the argument: {text}"
+        words = set(text.replace(",", " ").replace("[", "_").replace("]", "").split())
+        assert set(bad.arguments) & words, f"{bad}: the message does not name the argument: {text}"
 
 
 def autocast(subject, example):
