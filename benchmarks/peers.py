@@ -281,12 +281,16 @@ def _positions(grid, bands, max_freq, order, device, dtype):
     return torch.cat(found, -1).flatten(0, -2)
 
 
+def _normed(x, name, eps, norms):
+    gain, shift = norms[f"{name}_0"], norms[f"{name}_1"]
+    return x if gain is None else F.layer_norm(x, x.shape[-1:], gain, shift, eps)
+
+
 def _perceiver_read(latents, image, q_weight, k_weight, v_weight, out_weight, bands, max_freq, order, heads, q_bias, k_bias, v_bias,
                     out_bias, eps, residual, **norms):
     positions = _positions(tuple(image.shape[2:]), bands, max_freq, order, image.device, image.dtype)
     x = torch.cat((image.flatten(2).transpose(1, 2), positions.expand(image.shape[0], -1, -1)), -1)
-    normed = lambda x, name: F.layer_norm(x, x.shape[-1:], norms[f"{name}_0"], norms[f"{name}_1"], eps) if f"{name}_0" in norms else x
-    z, x = normed(latents, "target_norm"), normed(x, "source_norm")
+    z, x = _normed(latents, "target_norm", eps, norms), _normed(x, "source_norm", eps, norms)
     split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)
     y = F.scaled_dot_product_attention(split(F.linear(z, q_weight, q_bias)), split(F.linear(x, k_weight, k_bias)),
                                        split(F.linear(x, v_weight, v_bias)))
@@ -295,3 +299,18 @@ def _perceiver_read(latents, image, q_weight, k_weight, v_weight, out_weight, ba
 
 
 _eager("fourier_cross_attend", _perceiver_read)
+
+
+# cross_attend
+
+def _cross_attention_layer(target, source, q_weight, k_weight, v_weight, out_weight, heads, q_bias, k_bias, v_bias, out_bias, eps, residual,
+                           key_lengths=None, **norms):
+    z, x = _normed(target, "target_norm", eps, norms), _normed(source, "source_norm", eps, norms)
+    split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    y = _sdpa(split(F.linear(z, q_weight, q_bias)), split(F.linear(x, k_weight, k_bias)), split(F.linear(x, v_weight, v_bias)),
+              key_lengths=key_lengths)
+    y = F.linear(y.transpose(1, 2).flatten(2), out_weight, out_bias)
+    return target + y if residual else y
+
+
+_eager("cross_attend", _cross_attention_layer)

@@ -195,7 +195,8 @@ def _calls(dtype):
         bias, lengths = (made(1, H, M, N), torch.full((B,), N)) if masked else (None, None)
         lse, low = torch.empty(B, H, M), made(B, H, M, E if dtype.itemsize == 2 else 0)
         yield REGISTRY["attention"], (q, k, v, bias, lengths, masked, None)
-        yield REGISTRY["attention_backward"], (q, lse if masked else None, q, k, v, bias, lengths, q, low, lse, lse, masked, None, masked)
+        grads = (q, lse if masked else None, q, k, v, bias, lengths, q, low, lse, lse, masked, None, masked, False)
+        yield REGISTRY["attention_backward"], grads
     part = (made(2, 4, 256, 64), torch.empty(2, 4, 256))
     yield REGISTRY["merge_attention"], (*part, *part)
     yield REGISTRY["merge_attention_backward"], (*part, *part, *part)

@@ -64,6 +64,18 @@ def _strided(op, name, x):
         fail(op, f"{name} wants a strided (dense) tensor, got {x.layout}")
 
 
+def pair(op, name, value):
+    """(weight, bias) of a norm, or (None, None) for None."""
+    if value is None:
+        return None, None
+    if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(x, torch.Tensor) for x in value):
+        given = type(value).__name__
+        if isinstance(value, tuple | list):
+            given += f" of {', '.join(f'{name}[{i}] {type(x).__name__}' for i, x in enumerate(value))}"
+        raise TypeError(f"{op}: {name} wants (weight, bias), two tensors, or None, got {given}")
+    return tuple(value)
+
+
 def option(op, name, value, choices):
     """value, if it is one of `choices`."""
     if not isinstance(value, str) or value not in choices:

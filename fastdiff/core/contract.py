@@ -47,7 +47,7 @@ class Contract:
         self.name = schema.split("(")[0]
         self.outputs, self.values, self.reference, self.module, self.autocast = outputs, values, reference, module, autocast
         self.backends = (*backends, _backend.reference(reference))
-        self._backward, self._entries = None, tuple(filter(None, map(_entry, entries)))
+        self._backward, self._tangents, self._entries = None, False, tuple(filter(None, map(_entry, entries)))
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         kinds = [(i, a.name, str(a.type)) for i, a in enumerate(self.op._schema.arguments)]
@@ -116,11 +116,12 @@ class Contract:
 
     # Derivatives
 
-    def autograd(self, *, save, backward, jvp):
+    def autograd(self, *, save, backward, jvp=None):
         """save(ctx, args, outs) -> tensors kept; backward(ctx, *dout) and jvp(ctx, *tangents) -> one entry per argument, per output.
 
         ctx.saved_tensors are the kept tensors, ctx.args the other arguments in place (None for tensors), ctx.wants the arguments whose
-        gradient is wanted; a gradient or tangent that is absent is None. Both are written in differentiable ops.
+        gradient is wanted; a gradient or tangent that is absent is None. Both are written in differentiable ops. Without jvp the reference
+        stands in wherever a tangent is wanted.
         """
         contract = self
 
@@ -140,7 +141,7 @@ class Contract:
             with use_backend(ctx.backend) if ctx.backend else nullcontext():
                 return None, *backward(ctx, *douts)
 
-        self._backward = backward
+        self._backward, self._tangents = backward, jvp is not None
         self._function = type(f"{self.name}_autograd", (torch.autograd.Function,), {
             "forward": staticmethod(forward), "backward": staticmethod(_reverse),
             "jvp": staticmethod(lambda ctx, _, *tangents: jvp(ctx, *tangents))})
@@ -152,7 +153,7 @@ class Contract:
 
     def _autograd(self, keyset, *args):
         if (_C.is_grad_enabled() and _C._any_requires_grad(*args)) or forward_ad._current_level >= 0:
-            if self._backward is None:
+            if self._backward is None or (forward_ad._current_level >= 0 and not self._tangents):
                 return self._composite(args)
             if _C._are_functorch_transforms_active():
                 with enable_single_level_autograd_function():
@@ -184,7 +185,8 @@ class Contract:
 
 def without_autocast(x):
     """Context in which autocast leaves the operations on x's device alone."""
-    return torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def public():

@@ -1,9 +1,10 @@
 """The ops, one folder each; see CONTRIBUTING.md for adding one."""
 
 from .attention import attention, attention_with_lse
+from .cross_attend import cross_attend
 from .fourier_cross_attend import fourier_cross_attend
 from .linear import linear
 from .merge_attention import merge_attention
 from .patchify import patchify, unpatchify
 
-__all__ = ["attention", "attention_with_lse", "fourier_cross_attend", "linear", "merge_attention", "patchify", "unpatchify"]
+__all__ = ["attention", "attention_with_lse", "cross_attend", "fourier_cross_attend", "linear", "merge_attention", "patchify", "unpatchify"]

@@ -118,7 +118,7 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
   const bool own_q = plan.key_splits == 1, own_k = plan.query_splits == 1;
   float* dq = own_q ? scratch + at.dq : o.dq_partial + ((item.key_split * p.B * p.H + bh) * p.M + item.m0) * w;
   const int64_t rows = item.m1 - item.m0;
-  const bool whole = plan.key_block >= p.N;
+  const bool whole = plan.key_block >= p.N && !in.partial;
   const float* dlse = in.dlse ? in.dlse + bh * p.M + item.m0 : nullptr;
   clear(dq, rows * w);
   if (!whole) row_stats(p, in, item, kt, vt, stats);

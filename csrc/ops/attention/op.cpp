@@ -144,7 +144,8 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>> attention_with_lse_eage
 
 void attention_backward(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
                         const std::optional<Tensor>& bias, const std::optional<Tensor>& key_lengths, const Tensor& out, const Tensor& out_low,
-                        const Tensor& lse, const Tensor& lse_low, bool causal, std::optional<double> scale, bool bias_grad, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                        const Tensor& lse, const Tensor& lse_low, bool causal, std::optional<double> scale, bool bias_grad, bool partial,
+                        const Tensor& dq, const Tensor& dk, const Tensor& dv,
                         const Tensor& dbias) {
   const Inputs inputs(q, k, v, bias, key_lengths, causal, scale);
   const Problem& p = inputs.problem;
@@ -157,7 +158,7 @@ void attention_backward(const Tensor& dout, const std::optional<Tensor>& dlse, c
   const Buffer dq_partial = allocate(plan.key_splits > 1 ? plan.key_splits * heads * p.M * width : 0);
   const int64_t per_key = plan.query_splits > 1 ? plan.query_splits * heads * p.N * width : 0;
   const Buffer dk_partial = allocate(per_key), dv_partial = allocate(per_key);
-  const BackwardIn in{view(y), low_view(y_low), view(dy), floats(rows), floats(low), floats(drows)};
+  const BackwardIn in{view(y), low_view(y_low), view(dy), floats(rows), floats(low), floats(drows), partial};
   // A bias that is one number for all keys of a query moves its log-sum-exp and nothing else: its gradient is dlse, exactly.
   const bool by_row = bias_grad && dbias.size(3) == 1, by_score = bias_grad && !by_row;
   const bool reduce_bias = by_score && dbias.numel() != heads * p.M * p.N;
@@ -197,7 +198,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) {
       "Tensor(b!) out_low, Tensor(c!) lse, Tensor(d!) lse_low) -> ()");
   m.def(
       "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, Tensor out, "
-      "Tensor out_low, Tensor lse, Tensor lse_low, bool causal, float? scale, bool bias_grad, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dbias) -> ()");
+      "Tensor out_low, Tensor lse, Tensor lse_low, bool causal, float? scale, bool bias_grad, bool partial, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dbias) -> ()");
   m.def("attention_eager(Tensor q, Tensor k, Tensor v, bool causal, float? scale) -> Tensor?");
   m.def("attention_with_lse_eager(Tensor q, Tensor k, Tensor v, bool causal, float? scale) -> (Tensor?, Tensor?)");
   m.def("attention_plan(int B, int H, int M, int N, int E, bool backward) -> int[]");

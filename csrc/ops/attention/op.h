@@ -74,6 +74,7 @@ struct ForwardKernels {
 struct BackwardIn {
   View out, out_low, dout;  // out_low as in ForwardOut
   const float *lse, *lse_low, *dlse;  // contiguous (B, H, M); dlse may be null
+  bool partial;                       // the keys are some of those that out and lse are of
 };
 
 struct BackwardOut {

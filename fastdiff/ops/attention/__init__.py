@@ -40,7 +40,8 @@ def _outputs(q, k, v, bias, key_lengths, causal, scale):
             q.new_empty(q.shape[:3], dtype=wide))
 
 
-def _backward_outputs(dout, dlse, q, k, v, bias, key_lengths, out, out_low, lse, lse_low, causal, scale, bias_grad):
+def _backward_outputs(dout, dlse, q, k, v, bias, key_lengths, out, out_low, lse, lse_low, causal, scale, bias_grad,
+                      partial):
     op = "attention_backward"
     _check(op, q, k, v, bias, key_lengths)
     dims(op, q=(q, "B H M E"), dout=(dout, "B H M E"), out=(out, "B H M E"))
@@ -76,7 +77,8 @@ ATTENTION = contract(
     entries=("attention_eager", "attention_with_lse_eager"))
 BACKWARD = contract(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, Tensor out, "
-    "Tensor out_low, Tensor lse, Tensor lse_low, bool causal, float? scale, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor out_low, Tensor lse, Tensor lse_low, bool causal, float? scale, bool bias_grad, bool partial) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     outputs=_backward_outputs, reference=reference.attention_backward, module=__name__,
     backends=(triton.BACKWARD, cpu("attention_backward", plan=lambda dout, dlse, q, k, *_: _cpu_plan(q, k, True))))
 
@@ -92,7 +94,7 @@ def _backward(ctx, dout, _, dlse, __):
     if (dout is None and dlse is None) or not any(wanted):
         return (None,) * 7
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = BACKWARD(dout, dlse, q, k, v, bias, key_lengths, out, out_low, lse, lse_low, *ctx.args[5:], wanted[3])
+    grads = BACKWARD(dout, dlse, q, k, v, bias, key_lengths, out, out_low, lse, lse_low, *ctx.args[5:], wanted[3], False)
     return *(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None, None
 
 
@@ -135,7 +137,7 @@ def _vmap_backward(info, in_dims, *args):
     B = dout.shape[0] if in_dims[0] is None else dout.movedim(in_dims[0], 0).shape[1]
     *grads, dbias = BACKWARD(*(_fold(x, d, V, B) for x, d in zip(args[:11], in_dims[:11], strict=True)), *args[11:])
     grads = [x.unflatten(0, (V, B)) for x in grads]
-    if not args[-1]:
+    if not args[-2]:
         return (*grads, dbias), (0, 0, 0, None)
     dbias = dbias.unflatten(0, (V, B))
     shared = (bias.shape if in_dims[5] is None else bias.movedim(in_dims[5], 0).shape[1:])[0] == 1

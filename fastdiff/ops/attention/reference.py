@@ -44,12 +44,21 @@ def attention(q, k, v, bias=None, key_lengths=None, causal=False, scale=None):
     return out, out.new_zeros((*out.shape[:3], out.shape[3] if out.dtype.itemsize == 2 else 0)), lse, torch.zeros_like(lse)
 
 
-def attention_backward(dout, dlse, q, k, v, bias, key_lengths, out, out_low, lse, lse_low, causal, scale, bias_grad):
-    """Gradients (dq, dk, dv, dbias) of attention's (out, lse); dbias is empty unless wanted."""
-    p = softmax(scores(q, k, bias, key_lengths, causal, scale))
+def attention_backward(dout, dlse, q, k, v, bias, key_lengths, out, out_low, lse, lse_low, causal, scale, bias_grad, partial):
+    """Gradients (dq, dk, dv, dbias) of attention's (out, lse); dbias is empty unless wanted.
+
+    partial: the keys are some of those that out and lse are of; dq is their part of it.
+    """
+    s = scores(q, k, bias, key_lengths, causal, scale)
     dp = dout @ v.transpose(-1, -2)
     # softmax gives p (dp - sum(p dp)); the derivative of lse is p itself.
-    row = -(dp * p).sum(-1, keepdim=True)
+    if partial:
+        seen = (lse != -torch.inf).unsqueeze(-1)
+        p = torch.exp((s - lse.unsqueeze(-1).masked_fill(~seen, 0.0)) - lse_low.unsqueeze(-1)).to(q.dtype) * seen
+        row = -(dout * out).sum(-1, keepdim=True)
+    else:
+        p = softmax(s)
+        row = -(dp * p).sum(-1, keepdim=True)
     if dlse is not None:
         row = row + dlse.to(p.dtype).unsqueeze(-1)
     ds = p * (dp + row)

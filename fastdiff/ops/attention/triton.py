@@ -221,13 +221,15 @@ def _merge(parts_ptr, tops_ptr, totals_ptr, out_ptr, out_low_ptr, lse_ptr, low_p
 
 
 @jit
-def _product_of_rows(product, x, y_ptr, start, stride, M, ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+def _product_of_rows(product, x_ptr, x_stride, y_ptr, y_stride, start, M, ROWS: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
                      PADDED: tl.constexpr, UNIT: tl.constexpr):
-    """product + x y^T; product where there is no y."""
-    if y_ptr is None:
-        return product
-    else:
-        return dot(x, tl.trans(load_tile(y_ptr, start, stride, M, ROWS, FIRST, WIDTH, PADDED, UNIT)), product)
+    """product + x y^T of a block of rows."""
+    x = load_tile(x_ptr, start, x_stride, M, ROWS, 0, E1, PADDED, UNIT)
+    product = dot(x, tl.trans(load_tile(y_ptr, start, y_stride, M, ROWS, 0, E1, PADDED, UNIT)), product)
+    if E2:
+        x = load_tile(x_ptr, start, x_stride, M, ROWS, E1, E2, PADDED, UNIT)
+        product = dot(x, tl.trans(load_tile(y_ptr, start, y_stride, M, ROWS, E1, E2, PADDED, UNIT)), product)
+    return product
 
 
 @jit
@@ -238,8 +240,8 @@ def _statistics(dout_ptr, out_ptr, out_low_ptr, lse_ptr, low_ptr, dlse_ptr, stat
 
     grid    B H cdiv(M, ROWS), row blocks innermost
     layout  dout, out, out_low (B, H, M, E), last stride 1, out_low may be None; lse, low (B, H, M) contiguous; dlse (B, H, M), any
-            strides, or None;
-            stats (4, B, H, M) contiguous: the log-sum-exp as two floats, in the logits' units (inf, 0 without a key), delta, dlse
+            strides, or None; stats (4, B, H, M) contiguous: the log-sum-exp as two floats, in the logits' units (inf, 0 without a
+            key), delta, dlse
     math    delta from the diagonal of dout out^T, a product like dP's: for a query that sees one key they are equal, and dS is 0
     needs   as in `_forward`
     """
@@ -254,18 +256,13 @@ def _statistics(dout_ptr, out_ptr, out_low_ptr, lse_ptr, low_ptr, dlse_ptr, stat
     lse, low = _two_floats(tl.where(lse == -float("inf"), float("inf"), lse))
     dout_ptr += (i_b * dout_strides[0] + i_h * dout_strides[1]) * UNIT
     out_ptr += (i_b * out_strides[0] + i_h * out_strides[1]) * UNIT
+    product = tl.zeros([ROWS, ROWS], tl.float32)
     if out_low_ptr is not None:
         out_low_ptr += (i_b * out_low_strides[0] + i_h * out_low_strides[1]) * UNIT
-    dout = load_tile(dout_ptr, start, dout_strides[2], M, ROWS, 0, E1, PADDED, UNIT)
-    product = tl.zeros([ROWS, ROWS], tl.float32)
-    product = _product_of_rows(product, dout, out_ptr, start, out_strides[2], M, ROWS, 0, E1, PADDED, UNIT)
-    low_product = tl.zeros([ROWS, ROWS], tl.float32)
-    low_product = _product_of_rows(low_product, dout, out_low_ptr, start, out_low_strides[2], M, ROWS, 0, E1, PADDED, UNIT)
-    if E2:
-        dout = load_tile(dout_ptr, start, dout_strides[2], M, ROWS, E1, E2, PADDED, UNIT)
-        product = _product_of_rows(product, dout, out_ptr, start, out_strides[2], M, ROWS, E1, E2, PADDED, UNIT)
-        low_product = _product_of_rows(low_product, dout, out_low_ptr, start, out_low_strides[2], M, ROWS, E1, E2, PADDED, UNIT)
-    delta = tl.sum(tl.where(o_row[:, None] == o_row[None, :], product + low_product * (1.0 / LOW), 0.0), 1)
+        product = _product_of_rows(product, dout_ptr, dout_strides[2], out_low_ptr, out_low_strides[2], start, M, ROWS, E1, E2, PADDED,
+                                   UNIT) * (1.0 / LOW)
+    product = _product_of_rows(product, dout_ptr, dout_strides[2], out_ptr, out_strides[2], start, M, ROWS, E1, E2, PADDED, UNIT)
+    delta = tl.sum(tl.where(o_row[:, None] == o_row[None, :], product, 0.0), 1)
     dlse = tl.zeros([ROWS], tl.float32)
     if dlse_ptr is not None:
         dlse = tl.load(dlse_ptr + i_b * dlse_strides[0] + i_h * dlse_strides[1] + o_m * dlse_strides[2], mask=m_m, other=0.0)
@@ -538,7 +535,7 @@ def _backward_plan(q, N):
 
 
 def _run_backward(args, outs):
-    dout, dlse, q, k, v, bias, key_lengths, out, out_low, lse, lse_low, causal, scale, bias_grad = args
+    dout, dlse, q, k, v, bias, key_lengths, out, out_low, lse, lse_low, causal, scale, bias_grad, _ = args
     dq, dk, dv, dbias = outs
     (B, H, M, E), N = q.shape, k.shape[2]
     (by_query, query_splits, keys), (by_key, key_splits, queries) = _backward_plan(q, N)

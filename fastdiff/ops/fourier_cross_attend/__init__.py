@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ...core.backend import cpu
-from ...core.check import dims, fail, integers, option, tensor
+from ...core.check import dims, fail, integers, option, pair, tensor
 from ...core.contract import contract, without_autocast
 from ..linear import linear
 from . import reference
@@ -113,12 +113,8 @@ def _check(latents, image, q_weight, k_weight, v_weight, out_weight, biases, nor
                  "on no grid do not factor: attend to their features")
     dims(op, latents=(latents, "B M D"), image=(image, "B C h w" if space == 2 else "B C t h w"))
     for name, norm in norms.items():
-        if norm is not None:
-            if not isinstance(norm, tuple | list) or len(norm) != 2:
-                raise TypeError(f"{op}: {name} wants (weight, bias) or None, got {norm!r:.80}")
-            axis = "D" if name == "target_norm" else "F"
-            dims(op, **({"q_weight": (q_weight, "A D")} if axis == "D" else {"k_weight": (k_weight, "A F")}),
-                 **{f"{name}[{i}]": (tensor(op, f"{name}[{i}]", x), axis) for i, x in enumerate(norm)})
+        beside = {"q_weight": (q_weight, "A D")} if name == "target_norm" else {"k_weight": (k_weight, "A F")}
+        dims(op, **beside, **{f"{name}[{i}]": (x, "D" if name == "target_norm" else "F") for i, x in enumerate(pair(op, name, norm))})
     (bands,), (heads,) = integers(op, "bands", bands), integers(op, "heads", heads)
     option(op, "order", order, _ORDERS)
     wanted = image.shape[1] + space * (2 * bands + 1)

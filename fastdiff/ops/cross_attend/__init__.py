@@ -1,0 +1,303 @@
+"""A cross-attention layer as one op: reads of few queries over a long source, writes of many targets from a short one."""
+
+import torch
+import torch.nn.functional as F
+
+from ...core import native
+from ...core.backend import Backend
+from ...core.check import dims, fail, integers, pair, tensor
+from ...core.contract import contract, without_autocast
+from . import reference
+
+_TENSORS = ("target", "source", "q_weight", "k_weight", "v_weight", "out_weight", "q_bias", "k_bias", "v_bias", "out_bias", "target_norm_0",
+            "target_norm_1", "source_norm_0", "source_norm_1")
+_LAYOUTS = dict(zip(_TENSORS, ("B M D", "B N C", "A D", "A C", "V C", "O V", "A", "A", "V", "O", "D", "D", "C", "C"), strict=True))
+_SCHEMA = ", ".join(f"Tensor{'?' if i > 5 else ''} {name}" for i, name in enumerate(_TENSORS)) + ", Tensor? key_lengths"
+CHUNK = 1 << 20  # floats of one projection of a part of the long side: two of them stay in a last-level cache
+
+
+def _check(op, args, key_lengths, heads, residual):
+    named = dict(zip(_TENSORS, args, strict=True))
+    sizes = dims(op, **{name: (x, _LAYOUTS[name]) for name, x in named.items()})
+    for axis, name in (("A", "q_weight"), ("V", "v_weight")):
+        if sizes[axis] % heads:
+            fail(op, f"heads wants a divisor of {name}'s {sizes[axis]} rows, got {heads}")
+    if sizes["A"] != sizes["V"]:
+        fail(op, f"v_weight wants as many rows as q_weight, {sizes['A']}, got {tuple(named['v_weight'].shape)}")
+    if residual and sizes["O"] != sizes["D"]:
+        fail(op, f"out_weight wants O = D = {sizes['D']} rows for the residual, got {tuple(named['out_weight'].shape)}")
+    if key_lengths is not None:
+        if tensor(op, "key_lengths", key_lengths).dtype != torch.int64 or key_lengths.shape != named["target"].shape[:1]:
+            fail(op, f"key_lengths wants int64 of shape (B,) = ({sizes['B']},), got {key_lengths.dtype} of {tuple(key_lengths.shape)}")
+        if key_lengths.device != named["target"].device:
+            fail(op, f"key_lengths is on {key_lengths.device}, but target is on {named['target'].device}")
+    return sizes
+
+
+def _outputs(*args):
+    *tensors, key_lengths, heads, _, residual = args
+    sizes = _check("cross_attend", tensors, key_lengths, heads, residual)
+    target = tensors[0]
+    wide = torch.float64 if target.dtype is torch.float64 else torch.float32
+    kept = sizes["M"] if sizes["M"] <= sizes["N"] else 0
+    made = ((sizes["B"], kept, sizes["V"]), (sizes["B"], heads, kept), (sizes["B"], heads, kept))
+    return target.new_empty((sizes["B"], sizes["M"], sizes["O"])), *(target.new_empty(shape, dtype=wide) for shape in made)
+
+
+def _values(*args):
+    source, key_lengths = args[1], args[14]
+    if key_lengths is None or not key_lengths.numel():
+        return
+    N = source.shape[1]
+    if key_lengths.is_cuda:
+        torch._assert_async(((key_lengths >= 0) & (key_lengths <= N)).all(), f"cross_attend: key_lengths wants values in [0, N = {N}]")
+    elif (low := int(key_lengths.min())) < 0 or int(key_lengths.max()) > N:
+        fail("cross_attend", f"key_lengths wants values in [0, N = {N}], got [{low}, {int(key_lengths.max())}]")
+
+
+def _backward_outputs(dout, *args):
+    *tensors, key_lengths, attended, lse, lse_low, heads, _, residual = args
+    op = "cross_attend_backward"
+    _check(op, tensors, key_lengths, heads, residual)
+    dims(op, target=(tensors[0], "B M D"), dout=(dout, "B M O"))
+    dims(op, attended=(attended, "B K V"), lse=(lse, "B H K"), lse_low=(lse_low, "B H K"))
+    return tuple(dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
+
+
+# On the CPU: by parts of the long side, so that its projections stay in cache and never stand in memory whole.
+
+def _parts(n, width):
+    """Equal slices of a long side, of about CHUNK floats where a row has `width`."""
+    step = max(1, -(-n // max(1, min(n // 256, -(-n * width // CHUNK)))))
+    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
+
+class _Layer:
+    """The layer's parameters in float32, the pieces of its forward pass and of its gradient, and the gradients summed so far."""
+
+    def __init__(self, tensors, heads, eps):
+        wide = [None if x is None else x.float() for x in tensors[2:]]
+        self.q, self.k, self.v, self.out = zip(wide[:4], wide[4:8], strict=True)
+        self.norms, self.heads, self.eps = (wide[8:10], wide[10:12]), heads, eps
+        self.grads = {}
+
+    def normed(self, x, which):
+        gain, shift = self.norms[which]
+        return x if gain is None else F.layer_norm(x, x.shape[-1:], gain, shift, self.eps)
+
+    def project(self, x, pair):
+        y = torch.ops.fastdiff.linear(x.flatten(0, 1), pair[0])
+        return (y if pair[1] is None else y.add_(pair[1])).view(*x.shape[:2], y.shape[1])
+
+    def split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def attend(self, q, k, v, key_lengths):
+        """(attended (B, M, V), log-sum-exp in float64)."""
+        out, _, lse, low = torch.ops.fastdiff.attention(self.split(q), self.split(k), self.split(v), None, key_lengths, False, None)
+        return out.transpose(1, 2).flatten(2), lse.double() + low
+
+    def add(self, name, value):
+        self.grads[name] = self.grads[name].add_(value) if name in self.grads else value
+
+    def project_backward(self, dy, x, pair, name):
+        flat = dy.flatten(0, 1)
+        self.add(f"{name}_weight", torch.ops.fastdiff.linear(flat.T, x.flatten(0, 1).T))
+        if pair[1] is not None and name in ("q", "out"):
+            self.add(f"{name}_bias", flat.sum(0))
+        return torch.ops.fastdiff.linear(flat, pair[0].T).view(*dy.shape[:2], pair[0].shape[1])
+
+    def norm_backward(self, dy, x, which):
+        gain, _ = self.norms[which]
+        if gain is None:
+            return dy
+        name = ("target_norm", "source_norm")[which]
+        hat, mean, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, self.eps)
+        self.add(f"{name}_0", (dy * hat).flatten(0, 1).sum(0))
+        self.add(f"{name}_1", dy.flatten(0, 1).sum(0))
+        return torch.ops.aten.native_layer_norm_backward(dy * gain, x, x.shape[-1:], mean, scale, None, None, [True, False, False])[0]
+
+    def bias_backward(self, da, key_lengths):
+        """Of v: a query's weights sum to 1, if it sees a key. (k's is 0: it moves all scores of a query alike.)"""
+        if self.v[1] is not None:
+            self.add("v_bias", (da if key_lengths is None else da * (key_lengths > 0).view(-1, 1, 1)).flatten(0, 1).sum(0))
+
+    def attend_backward(self, da, q, k, v, key_lengths, attended, lse, low, partial):
+        low_out = q.new_empty((q.shape[0], self.heads, q.shape[1], 0))
+        q, k, v, attended, da = map(self.split, (q, k, v, attended, da))
+        args = (da, None, q, k, v, None, key_lengths, attended, low_out, lse, low, False, None, False, partial)
+        grads = torch.ops.fastdiff.attention_backward(*args)
+        return (g.transpose(1, 2).flatten(2) for g in grads[:3])
+
+
+def _two_floats(x):
+    high = x.float()
+    return high, torch.where(high.isfinite(), x - high, 0.0).float()
+
+
+def _lengths(key_lengths, part):
+    return None if key_lengths is None else (key_lengths - part.start).clamp(0, part.stop - part.start)
+
+
+def _run(args, outs):
+    *tensors, key_lengths, heads, eps, residual = args
+    out, attended, lse, lse_low = outs
+    target, source, layer = tensors[0], tensors[1], _Layer(tensors, heads, eps)
+    B, M, N, A = *target.shape[:2], source.shape[1], tensors[2].shape[0]
+    if not B * M:
+        return
+
+    def finish(part, a):
+        y = layer.project(a, layer.out)
+        out[:, part] = y.add_(target[:, part].float()) if residual else y
+
+    if M <= N:
+        q = layer.project(layer.normed(target.float(), 0), layer.q)
+        a, top = torch.zeros_like(q), q.new_full((B, heads, M), -torch.inf, dtype=torch.float64)
+        for part in _parts(N, B * A):
+            x = layer.normed(source[:, part].float(), 1)
+            a_part, top_part = layer.attend(q, layer.project(x, layer.k), layer.project(x, layer.v), _lengths(key_lengths, part))
+            both = torch.logaddexp(top, top_part)
+            weights = ((t - both.masked_fill(both == -torch.inf, 0.0)).exp().float().transpose(1, 2).unsqueeze(-1) for t in (top, top_part))
+            a = sum(w * x.unflatten(-1, (heads, -1)) for w, x in zip(weights, (a, a_part), strict=True)).flatten(2)
+            top = both
+        for kept, value in zip((attended, lse, lse_low), (a, *_two_floats(top)), strict=True):
+            kept.copy_(value)
+        finish(slice(0, M), a)
+    else:
+        x = layer.normed(source.float(), 1)
+        k, v = layer.project(x, layer.k), layer.project(x, layer.v)
+        for part in _parts(M, B * A):
+            q = layer.project(layer.normed(target[:, part].float(), 0), layer.q)
+            finish(part, layer.attend(q, k, v, key_lengths)[0])
+
+
+def _run_backward(args, outs):
+    dout, *tensors, key_lengths, attended, lse, lse_low, heads, eps, residual = args
+    target, source, layer = tensors[0], tensors[1], _Layer(tensors, heads, eps)
+    B, M, N, A = *target.shape[:2], source.shape[1], tensors[2].shape[0]
+    for grad in outs:
+        grad.zero_()
+    if not B * M:
+        return
+    dtarget, dsource = outs[:2]
+
+    def finish_target(part, dq, z):
+        d = layer.norm_backward(layer.project_backward(dq, z, layer.q, "q"), target[:, part].float(), 0)
+        dtarget[:, part] = d + dout[:, part].float() if residual else d
+
+    def finish_source(part, dk, dv, x):
+        d = layer.project_backward(dk, x, layer.k, "k") + layer.project_backward(dv, x, layer.v, "v")
+        dsource[:, part] = layer.norm_backward(d, source[:, part].float(), 1)
+
+    if M <= N:
+        z = layer.normed(target.float(), 0)
+        q = layer.project(z, layer.q)
+        da, dq = layer.project_backward(dout.float(), attended, layer.out, "out"), torch.zeros_like(q)
+        layer.bias_backward(da, key_lengths)
+        parts = _parts(N, B * A)
+        for part in parts:
+            x = layer.normed(source[:, part].float(), 1)
+            k, v = layer.project(x, layer.k), layer.project(x, layer.v)
+            dq_part, dk, dv = layer.attend_backward(da, q, k, v, _lengths(key_lengths, part), attended, lse, lse_low, len(parts) > 1)
+            dq += dq_part
+            finish_source(part, dk, dv, x)
+        finish_target(slice(0, M), dq, z)
+    else:
+        x = layer.normed(source.float(), 1)
+        k, v = layer.project(x, layer.k), layer.project(x, layer.v)
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        for part in _parts(M, B * A):
+            z = layer.normed(target[:, part].float(), 0)
+            q = layer.project(z, layer.q)
+            a, top = layer.attend(q, k, v, key_lengths)
+            da = layer.project_backward(dout[:, part].float(), a, layer.out, "out")
+            layer.bias_backward(da if N else 0 * da, key_lengths)
+            dq, dk_part, dv_part = layer.attend_backward(da, q, k, v, key_lengths, a, *_two_floats(top), False)
+            dk += dk_part
+            dv += dv_part
+            finish_target(part, dq, z)
+        if N:
+            finish_source(slice(0, N), dk, dv, x)
+    for name, grad in zip(_TENSORS[2:], outs[2:], strict=True):
+        if name in layer.grads:
+            grad.copy_(layer.grads[name])
+
+
+def _refuse(x, *_):
+    return "computes in float32, the tensors are float64" if x.dtype == torch.float64 else None
+
+
+def _plan(target, source, q_weight, *_):
+    B, M, N, A = *target.shape[:2], source.shape[1], q_weight.shape[0]
+    side, n = ("source", N) if M <= N else ("target", M)
+    kind, count = "read" if M <= N else "write", len(_parts(n, B * A))
+    return f"{kind}: the {side}'s {n} rows in {count} parts, each one's projections in cache and then forgotten"
+
+
+def _cpu(run, plan=None):
+    why = native.WHY_NOT["cpu"]
+    return Backend("cpu", ("cpu",), run, None, _refuse, why and f"native library: {why}", plan)
+
+
+CROSS = contract(f"cross_attend({_SCHEMA}, int heads, float eps, bool residual) -> (Tensor, Tensor, Tensor, Tensor)", outputs=_outputs,
+                 values=_values, reference=reference.cross_attend, backends=(_cpu(_run, _plan),), module=__name__)
+BACKWARD = contract(
+    f"cross_attend_backward(Tensor dout, {_SCHEMA}, Tensor attended, Tensor lse, Tensor lse_low, int heads, float eps, bool residual) -> "
+    f"({', '.join(['Tensor'] * len(_TENSORS))})", outputs=_backward_outputs, reference=reference.cross_attend_backward,
+    backends=(_cpu(_run_backward),), module=__name__)
+
+
+def _save(ctx, args, outs):
+    ctx.mark_non_differentiable(*outs[1:])
+    return *args[:15], *outs[1:]
+
+
+def _backward(ctx, dout, *_):
+    if dout is None:
+        return (None,) * 18
+    grads = BACKWARD(dout, *ctx.saved_tensors, *ctx.args[15:])
+    return *(g if w else None for g, w in zip(grads, ctx.wants[:14], strict=True)), *(None,) * 4
+
+
+CROSS.autograd(save=_save, backward=_backward)
+
+
+def _one_by_one(made):
+    """Batching rule: the mapped calls one after the other, since weights' gradients are of one call each."""
+
+    def rule(info, in_dims, *args):
+        calls = [made(*(x if d is None else x.select(d, i) for x, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
+        return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
+
+    return rule
+
+
+CROSS.vmap(_one_by_one(CROSS))
+BACKWARD.vmap(_one_by_one(BACKWARD))
+
+
+def cross_attend(target, source, q_weight, k_weight, v_weight, out_weight, *, heads, q_bias=None, k_bias=None, v_bias=None, out_bias=None,
+                 target_norm=None, source_norm=None, eps=1e-6, residual=True, key_lengths=None):
+    """target + W_o attention(W_q LN(target), W_k LN(source), W_v LN(source)), without the residual if it is False.
+
+    Shapes   target (B, M, D), source (B, N, C); weights as in nn.Linear: q (A, D), k (A, C), v (A, C), out (O, A), heads divides A ->
+             (B, M, O), O = D with the residual; key_lengths (B,) int64 in [0, N] hides source rows from there on
+    Options  *_norm = (weight, bias) of a LayerNorm, or None. A read has M <= N (Perceiver, RIN: latents from tokens), a write M > N
+    Dtypes   float32, float16, bfloat16, float64; all equal; computed in float32 (float64 in the reference)
+    Grads    target, source, weights, biases, norms; first order by parts, computed again; higher orders and forward mode by the reference
+    Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
+    Source   Jabri et al. 2022, section 3.1; Jaegle et al. 2021, section 3.1
+    """
+    op = "cross_attend"
+    needed = dict(target=target, source=source, q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, out_weight=out_weight)
+    for name, x in needed.items():
+        tensor(op, name, x)
+    (heads,) = integers(op, "heads", heads)
+    if not isinstance(residual, bool):
+        raise TypeError(f"{op}: residual wants a bool, got {residual!r}")
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or eps < 0:
+        raise TypeError(f"{op}: eps wants a float of at least 0, got {eps!r}")
+    norms = (*pair(op, "target_norm", target_norm), *pair(op, "source_norm", source_norm))
+    with without_autocast(target):
+        return CROSS(*needed.values(), q_bias, k_bias, v_bias, out_bias, *norms, key_lengths, heads, float(eps), residual)[0]

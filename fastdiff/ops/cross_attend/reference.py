@@ -1,0 +1,66 @@
+"""LayerNorms, projections, attention and residual of a cross-attention layer, one after the other; and its gradient."""
+
+import torch
+import torch.nn.functional as F
+
+
+def _forward(target, source, weights, biases, norms, key_lengths, heads, eps):
+    """(normalised target and source, q, k, v, probabilities, attended)."""
+    normed = [x if norm[0] is None else F.layer_norm(x, x.shape[-1:], *norm, eps) for x, norm in zip((target, source), norms, strict=True)]
+    split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    q, k, v = (split(F.linear(normed[i], w, b)) for i, w, b in zip((0, 1, 1), weights, biases, strict=True))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if key_lengths is not None:
+        scores = scores.masked_fill(torch.arange(k.shape[2], device=k.device) >= key_lengths.view(-1, 1, 1, 1), -torch.inf)
+    none = (scores == -torch.inf).all(-1, keepdim=True)
+    p = torch.softmax(scores.masked_fill(none, 0.0), -1).masked_fill(none, 0.0)
+    return *normed, q, k, v, p, (p @ v).transpose(1, 2).flatten(2)
+
+
+def cross_attend(target, source, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias, target_norm_0, target_norm_1,
+                 source_norm_0, source_norm_1, key_lengths, heads, eps, residual):
+    """(out, attended, lse, lse_low); the last three are what a kernel may keep for its backward, here nothing."""
+    norms = ((target_norm_0, target_norm_1), (source_norm_0, source_norm_1))
+    *_, attended = _forward(target, source, (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), norms, key_lengths, heads, eps)
+    out = F.linear(attended, out_weight, out_bias)
+    B, M = target.shape[:2]
+    wide = target.dtype if target.dtype == torch.float64 else torch.float32
+    kept = M if M <= source.shape[1] else 0
+    nothing = (target.new_zeros(shape, dtype=wide) for shape in ((B, kept, v_weight.shape[0]), (B, heads, kept), (B, heads, kept)))
+    return target + out if residual else out, *nothing
+
+
+def _norm_backward(dy, x, gain, eps):
+    """(dx, dgain, dshift)."""
+    if gain is None:
+        return dy, None, None
+    hat = F.layer_norm(x, x.shape[-1:], eps=eps)
+    scale = torch.rsqrt(x.var(-1, correction=0, keepdim=True) + eps)
+    d = dy * gain
+    dx = scale * (d - d.mean(-1, keepdim=True) - hat * (d * hat).mean(-1, keepdim=True))
+    return dx, (dy * hat).flatten(0, -2).sum(0), dy.flatten(0, -2).sum(0)
+
+
+def _linear_backward(dy, x, weight, bias):
+    """(dx, dweight, dbias)."""
+    flat = dy.flatten(0, -2)
+    return dy @ weight, flat.T @ x.flatten(0, -2), None if bias is None else flat.sum(0)
+
+
+def cross_attend_backward(dout, target, source, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias, target_norm_0,
+                          target_norm_1, source_norm_0, source_norm_1, key_lengths, attended, lse, lse_low, heads, eps, residual):
+    """Gradients of the fourteen arguments before key_lengths; empty for those that are None."""
+    norms = ((target_norm_0, target_norm_1), (source_norm_0, source_norm_1))
+    z, x, q, k, v, p, a = _forward(target, source, (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), norms, key_lengths, heads, eps)
+    join = lambda t: t.transpose(1, 2).flatten(2)
+    da, dwo, dbo = _linear_backward(dout, a, out_weight, out_bias)
+    da = da.unflatten(-1, (heads, -1)).transpose(1, 2)
+    dp = da @ v.transpose(-1, -2)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    dz, dwq, dbq = _linear_backward(join(ds @ k), z, q_weight, q_bias)
+    dxk, dwk, dbk = _linear_backward(join(ds.transpose(-1, -2) @ q), x, k_weight, k_bias)
+    dxv, dwv, dbv = _linear_backward(join(p.transpose(-1, -2) @ da), x, v_weight, v_bias)
+    dtarget, dgain, dshift = _norm_backward(dz, target, target_norm_0, eps)
+    dsource, dgain_s, dshift_s = _norm_backward(dxk + dxv, source, source_norm_0, eps)
+    grads = (dtarget + dout if residual else dtarget, dsource, dwq, dwk, dwv, dwo, dbq, dbk, dbv, dbo, dgain, dshift, dgain_s, dshift_s)
+    return tuple(target.new_empty(0) if g is None else g for g in grads)
