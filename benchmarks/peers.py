@@ -273,7 +273,7 @@ def _positions(grid, bands, max_freq, order, device, dtype):
     like, parts = torch.empty(0, device=device, dtype=dtype), []
     for axis, n in enumerate(grid):
         shape = [n if i == axis else 1 for i in range(len(grid))]
-        parts.append([x.view(*shape, -1).expand(*grid, -1) for x in _axis_features(n, bands, max_freq, like)])
+        parts.append([x.view(*shape, x.shape[1]).expand(*grid, -1) for x in _axis_features(n, bands, max_freq, like)])
     if order == "axis":
         found = [x for position, sine, cosine in parts for x in (sine, cosine, position)]
     else:

@@ -46,8 +46,8 @@ def measure(ops, chunk=50, budget=None):
     backends = {}
     for name, (function, case) in ops.items():
         arguments = make(tiny(case), "float32", "cpu")
-        made[name] = bare(function, arguments)
-        contract, args = calls(function, **arguments)[0]
+        made[name] = partial(case.taking(function), **arguments) if case.gather else bare(function, arguments)
+        contract, args = calls(case.taking(function), **arguments)[0]
         backends[name] = backend(contract, args)[0].name
 
     def repeat(call):

@@ -13,7 +13,7 @@ def _outputs(x, weight):
     return x.new_empty((sizes["M"], sizes["N"]))
 
 
-LINEAR = contract("linear(Tensor x, Tensor weight) -> Tensor", outputs=_outputs, reference=reference.linear, module=__name__,
+LINEAR = contract("linear(Tensor x, Tensor weight) -> Tensor", outputs=_outputs, reference=reference.linear, module=__name__, autocast=True,
                   backends=(cpu("linear", plan=lambda *_: "register tiles over packed weights, one order of addition"),))
 
 
@@ -58,5 +58,5 @@ def linear(x, weight, bias=None):
     if bias is not None:
         dims("linear", weight=(tensor("linear", "weight", weight), "N K"), bias=(bias, "N"))
     y = LINEAR(x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0), weight)
-    y = y if bias is None else y + bias
+    y = y if bias is None else y + bias.to(y.dtype)  # autocast may have cast
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
