@@ -1,16 +1,9 @@
 """Refusals of bad input: every message names op, argument, what was wanted and what was given."""
 
-from functools import lru_cache
-
 import torch
 
 _LIMIT = 1 << 31  # products of a few stay within int64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@lru_cache(None)
-def _axes(layout):
-    return layout.split()
 
 
 def fail(op, text):
@@ -36,7 +29,7 @@ def dims(op, **arrays):
             continue
         if not isinstance(x, torch.Tensor):
             tensor(op, name, x)
-        shape, axes = x.shape, _axes(layout)
+        shape, axes = x.shape, layout.split()
         if len(shape) != len(axes):
             fail(op, f"{name} wants {len(axes)} dimensions ({', '.join(axes)}), got {len(shape)}: {tuple(shape)}")
         if first is None:

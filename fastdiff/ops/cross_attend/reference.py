@@ -35,7 +35,7 @@ def _norm_backward(dy, x, gain, eps):
     if gain is None:
         return dy, None, None
     hat = F.layer_norm(x, x.shape[-1:], eps=eps)
-    scale = torch.rsqrt(x.var(-1, correction=0, keepdim=True) + eps)
+    scale = torch.rsqrt((x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True) + eps)
     d = dy * gain
     dx = scale * (d - d.mean(-1, keepdim=True) - hat * (d * hat).mean(-1, keepdim=True))
     return dx, (dy * hat).flatten(0, -2).sum(0), dy.flatten(0, -2).sum(0)
