@@ -68,7 +68,7 @@ def test_picture_and_exit_code_of_the_benchmark(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo.suite, "main", lambda argv: asked.append(argv) or 1)
     assert demo.main(["--output", str(tmp_path / "new")]) == 1
     assert (tmp_path / "new").is_dir()
-    assert asked == [["--quick", "--plot", str(tmp_path / "new" / "roofline.png")]]
+    assert asked == [[*demo.OPS, "--quick", "--plot", str(tmp_path / "new" / "roofline.png")]]
 
 
 def test_a_wrong_output_is_told(tmp_path, monkeypatch, capsys):
