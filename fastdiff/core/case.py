@@ -25,12 +25,15 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Array:
-    """A floating tensor of this shape. `masks` lets -inf stand in it (an additive mask); `dtype` fixes its dtype whatever the run's."""
+    """A floating tensor of this shape. `masks` lets -inf stand in it (an additive mask); `dtype` fixes its dtype whatever the run's;
+    `scale` is its standard deviation in benchmarks (a weight's keeps scores moderate).
+    """
 
     shape: tuple
     grad: bool = True
     masks: bool = False
     dtype: str | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ def error(tensor, ours, plain, exact, nearby=(), times=2, largest=0.0):
     value, exact = ours.double(), exact.double()
     finite = rounded.isfinite()
     kept = finite & plain.isfinite()
-    wrong = max(_largest(p.double() - e, kept & p.isfinite() & e.isfinite()) for p, e in ((plain, exact), *nearby))
+    nearby = [(p.double(), e.double()) for p, e in nearby]
+    wrong = max(_largest(p - e, kept & p.isfinite() & e.isfinite()) for p, e in ((plain.double(), exact), *nearby))
     if wide:
         wrong *= 16 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     rounding = max(torch.finfo(ours.dtype).eps * _largest(exact, kept), *(_largest(e - exact, kept & e.isfinite()) for _, e in nearby), 0.0)

@@ -198,10 +198,10 @@ def _within(subject, example, way, *, meant=None, function=None, times=2):
     largest = max((x[x.isfinite()].abs().max().item() for x in exact.values() if x.isfinite().any()), default=0.0)
     errors = [error(name, ours[name], plain[name], exact[name], times=times, largest=largest) for name in exact]
     if any(e.ratio > 1 for e in errors):
-        nearby = []
+        nearby, fused = [], subject.case.fused and subject.case.taking(subject.case.fused)
         for e in (example, *(replace(example, nudge=i) for i in range(1, 17))):
             truth = run(e, torch.float64)
-            nearby += [(run(e, plain_dtype, f), truth) for f in (subject.meaning, way in (forward, reverse) and subject.case.fused) if f]
+            nearby += [(run(e, plain_dtype, f), truth) for f in (subject.meaning, way in (forward, reverse) and fused) if f]
         pairs = {name: [(p[name], e[name]) for p, e in nearby] for name in exact}
         errors = [error(name, ours[name], plain[name], exact[name], pairs[name], times, largest) for name in exact]
     for e in errors:

@@ -8,10 +8,11 @@ from . import reference
 
 def _arguments(B, M, C, D, O, heads, width, grid, bands, order, norm, bias, residual):
     A, wide, O = heads * width, C + len(grid) * (2 * bands + 1), D if residual else O
+    weight = lambda rows, columns: Array((rows, columns), scale=columns**-0.5)
     vector = lambda n, wanted=bias: Array((n,)) if wanted else None
     return dict(
-        latents=Array((B, M, D)), image=Array((B, C, *grid)), q_weight=Array((A, D)), k_weight=Array((A, wide)), v_weight=Array((A, wide)),
-        out_weight=Array((O, A)), bands=bands, max_freq=float(max(grid)), order=order, heads=heads, q_bias=vector(A),
+        latents=Array((B, M, D)), image=Array((B, C, *grid)), q_weight=weight(A, D), k_weight=weight(A, wide), v_weight=weight(A, wide),
+        out_weight=weight(O, A), bands=bands, max_freq=float(max(grid)), order=order, heads=heads, q_bias=vector(A),
         k_bias=vector(A), v_bias=vector(A), out_bias=vector(O), eps=1e-5, residual=residual,
         **{f"{name}_norm_{i}": vector(n, norm) for name, n in (("target", D), ("source", wide)) for i in range(2)})
 
