@@ -57,6 +57,28 @@ def _strided(op, name, x):
         fail(op, f"{name} wants a strided (dense) tensor, got {x.layout}")
 
 
+def lengths(op, key_lengths, x):
+    """Refuses key_lengths unless None or int64 (B,) beside x (B, ...)."""
+    if key_lengths is None:
+        return
+    if tensor(op, "key_lengths", key_lengths).dtype != torch.int64 or key_lengths.shape != x.shape[:1]:
+        fail(op, f"key_lengths wants int64 of shape (B,) = ({x.shape[0]},), got {key_lengths.dtype} of {tuple(key_lengths.shape)}")
+    if key_lengths.device != x.device:
+        fail(op, f"key_lengths is on {key_lengths.device}, but the other tensors are on {x.device}")
+
+
+def lengths_within(op, key_lengths, N):
+    """Refuses values of key_lengths outside [0, N]; asked on the device of a GPU, so that the host need not wait."""
+    if key_lengths is None or not key_lengths.numel():
+        return
+    if key_lengths.is_cuda:
+        torch._assert_async(((key_lengths >= 0) & (key_lengths <= N)).all(), f"{op}: key_lengths wants values in [0, N = {N}]")
+    else:
+        low, high = torch.aminmax(key_lengths)
+        if low < 0 or high > N:
+            fail(op, f"key_lengths wants values in [0, N = {N}], got [{low}, {high}]")
+
+
 def pair(op, name, value):
     """(weight, bias) of a norm, or (None, None) for None."""
     if value is None:

@@ -4,7 +4,7 @@ import torch
 
 from ...core import native
 from ...core.backend import cpu
-from ...core.check import dims, fail, tensor
+from ...core.check import dims, fail, lengths, lengths_within, tensor
 from ...core.contract import contract
 from . import reference, triton
 
@@ -16,11 +16,7 @@ def _check(op, q, k, v, bias, key_lengths):
         for axis, size, full in zip("BHMN", bias.shape, (*q.shape[:3], sizes["N"]), strict=True):
             if size not in (1, full):
                 fail(op, f"bias wants sizes that broadcast to (B, H, M, N) = {(*q.shape[:3], sizes['N'])}, got {tuple(bias.shape)}: {axis}")
-    if key_lengths is not None:
-        if tensor(op, "key_lengths", key_lengths).dtype != torch.int64 or key_lengths.shape != q.shape[:1]:
-            fail(op, f"key_lengths wants int64 of shape (B,) = ({sizes['B']},), got {key_lengths.dtype} of {tuple(key_lengths.shape)}")
-        if key_lengths.device != q.device:
-            fail(op, f"key_lengths is on {key_lengths.device}, but q is on {q.device}")
+    lengths(op, key_lengths, q)
     return sizes
 
 
@@ -50,18 +46,6 @@ def _backward_outputs(dout, dlse, q, k, v, bias, key_lengths, out, out_low, lse,
     return _empty_heads(q), _empty_heads(k), _empty_heads(v), q.new_empty(bias.shape if bias_grad else (0,))
 
 
-def _check_lengths(q, k, key_lengths):
-    if key_lengths is None or not key_lengths.numel():
-        return
-    N = k.shape[2]
-    if key_lengths.is_cuda:  # asked on the device, so that the host need not wait
-        torch._assert_async(((key_lengths >= 0) & (key_lengths <= N)).all(), f"attention: key_lengths wants values in [0, N = {N}]")
-    else:
-        low, high = torch.aminmax(key_lengths)
-        if low < 0 or high > N:
-            fail("attention", f"key_lengths wants values in [0, N = {N}], got [{low}, {high}]")
-
-
 def _cpu_plan(q, k, backward):
     queries, rows, keys, chunk, query_block, key_block = native.op("cpu", "attention_plan")(*q.shape[:3], *k.shape[2:], backward)
     side = "neither side is split" if queries == keys == 1 else (
@@ -72,8 +56,9 @@ def _cpu_plan(q, k, backward):
 ATTENTION = contract(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, bool causal, float? scale) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    outputs=_outputs, values=lambda q, k, v, bias, key_lengths, *_: _check_lengths(q, k, key_lengths), reference=reference.attention,
-    backends=(triton.FORWARD, cpu("attention", plan=lambda q, k, *_: _cpu_plan(q, k, False))), module=__name__, autocast=True,
+    outputs=_outputs, values=lambda q, k, v, bias, key_lengths, *_: lengths_within("attention", key_lengths, k.shape[2]),
+    reference=reference.attention, backends=(triton.FORWARD, cpu("attention", plan=lambda q, k, *_: _cpu_plan(q, k, False))),
+    module=__name__, autocast=True,
     entries=("attention_eager", "attention_with_lse_eager"))
 BACKWARD = contract(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, Tensor out, "

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from ...core import native
 from ...core.backend import Backend
-from ...core.check import dims, fail, integers, pair, tensor
+from ...core.check import dims, fail, integers, lengths, lengths_within, pair, tensor
 from ...core.contract import contract, without_autocast
 from . import reference
 
@@ -26,11 +26,7 @@ def _check(op, args, key_lengths, heads, residual):
         fail(op, f"v_weight wants as many rows as q_weight, {sizes['A']}, got {tuple(named['v_weight'].shape)}")
     if residual and sizes["O"] != sizes["D"]:
         fail(op, f"out_weight wants O = D = {sizes['D']} rows for the residual, got {tuple(named['out_weight'].shape)}")
-    if key_lengths is not None:
-        if tensor(op, "key_lengths", key_lengths).dtype != torch.int64 or key_lengths.shape != named["target"].shape[:1]:
-            fail(op, f"key_lengths wants int64 of shape (B,) = ({sizes['B']},), got {key_lengths.dtype} of {tuple(key_lengths.shape)}")
-        if key_lengths.device != named["target"].device:
-            fail(op, f"key_lengths is on {key_lengths.device}, but target is on {named['target'].device}")
+    lengths(op, key_lengths, named["target"])
     return sizes
 
 
@@ -42,17 +38,6 @@ def _outputs(*args):
     kept = sizes["M"] if sizes["M"] <= sizes["N"] else 0
     made = ((sizes["B"], kept, sizes["V"]), (sizes["B"], heads, kept), (sizes["B"], heads, kept))
     return target.new_empty((sizes["B"], sizes["M"], sizes["O"])), *(target.new_empty(shape, dtype=wide) for shape in made)
-
-
-def _values(*args):
-    source, key_lengths = args[1], args[14]
-    if key_lengths is None or not key_lengths.numel():
-        return
-    N = source.shape[1]
-    if key_lengths.is_cuda:
-        torch._assert_async(((key_lengths >= 0) & (key_lengths <= N)).all(), f"cross_attend: key_lengths wants values in [0, N = {N}]")
-    elif (low := int(key_lengths.min())) < 0 or int(key_lengths.max()) > N:
-        fail("cross_attend", f"key_lengths wants values in [0, N = {N}], got [{low}, {int(key_lengths.max())}]")
 
 
 def _backward_outputs(dout, *args):
@@ -241,7 +226,8 @@ def _cpu(run, plan=None):
 
 
 CROSS = contract(f"cross_attend({_SCHEMA}, int heads, float eps, bool residual) -> (Tensor, Tensor, Tensor, Tensor)", outputs=_outputs,
-                 values=_values, reference=reference.cross_attend, backends=(_cpu(_run, _plan),), module=__name__)
+                 values=lambda *args: lengths_within("cross_attend", args[14], args[1].shape[1]),
+                 reference=reference.cross_attend, backends=(_cpu(_run, _plan),), module=__name__)
 BACKWARD = contract(
     f"cross_attend_backward(Tensor dout, {_SCHEMA}, Tensor attended, Tensor lse, Tensor lse_low, int heads, float eps, bool residual) -> "
     f"({', '.join(['Tensor'] * len(_TENSORS))})", outputs=_backward_outputs, reference=reference.cross_attend_backward,
