@@ -45,24 +45,18 @@ void run_typed(const Problem& p, const Plan& plan, int64_t item, float* scratch)
     const int64_t depth = least(plan.depth, p.K - k0);
     if (p.weight.column == 1) pack_transposed(columns, depth, at<T>(p.weight, n0, k0), p.weight.row, 1.0f, w);
     else pack_panels(depth, columns, at<T>(p.weight, n0, k0), p.weight.column, w);
+    // x as lines that are contiguous: its rows, or its columns.
+    const bool by_rows = p.x.column == 1;
     const T* x = at<T>(p.x, m0, k0);
-    if (p.x.column == 1) {
-      const float* a = reinterpret_cast<const float*>(x);
-      int64_t stride = p.x.row;
-      if constexpr (sizeof(T) != 4) {
-        pack_rows(rows, depth, x, p.x.row, 1.0f, converted);
-        a = converted, stride = padded(depth);
-      }
-      gemm<A::rows, true>(rows, vectors(columns), depth, a, stride, {w, 0}, y, width);
-    } else {
-      const float* a = reinterpret_cast<const float*>(x);
-      int64_t stride = p.x.column;
-      if constexpr (sizeof(T) != 4) {
-        pack_rows(depth, rows, x, p.x.column, 1.0f, converted);
-        a = converted, stride = padded(rows);
-      }
-      gemm<A::columns, true>(rows, vectors(columns), depth, a, stride, {w, 0}, y, width);
+    const float* a = reinterpret_cast<const float*>(x);
+    int64_t stride = by_rows ? p.x.row : p.x.column;
+    if constexpr (sizeof(T) != 4) {
+      const int64_t lines = by_rows ? rows : depth, length = by_rows ? depth : rows;
+      pack_rows(lines, length, x, stride, 1.0f, converted);
+      a = converted, stride = padded(length);
     }
+    if (by_rows) gemm<A::rows, true>(rows, vectors(columns), depth, a, stride, {w, 0}, y, width);
+    else gemm<A::columns, true>(rows, vectors(columns), depth, a, stride, {w, 0}, y, width);
   }
   for (int64_t i = 0; i < rows; ++i) unpack_row(columns, y + i * width, 1.0f, static_cast<T*>(p.y) + (m0 + i) * p.N + n0);
 }
