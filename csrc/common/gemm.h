@@ -29,57 +29,86 @@ struct Matrix {
 
 enum class A { rows, columns };  // element (i, k) at i * stride + k, or at k * stride + i
 
-// Every element is one chain of FMAs over k from zero, whatever the tile: equal rows and columns give equal bits. Adding C last keeps the
-// chain, and with it the rounding error, to the length of one block.
-template <int R, int V, A order, bool add>
+// Columns that end in the first half of a vector are computed in half a vector where it has 512 bits: cores that run those in two halves
+// save one, and the others lose nothing.
+typedef float half_f32 __attribute__((vector_size(2 * kLanes)));
+inline bool ends_in_half(int64_t columns) { return kLanes == 16 && (columns - 1) % kLanes < kLanes / 2; }
+
+// V vectors of columns, the last one a half with `half`. Every element is one chain of FMAs over k from zero, whatever the tile: equal rows
+// and columns give equal bits. Adding C last keeps the chain, and with it the rounding error, to the length of one block.
+template <int R, int V, bool half, A order, bool add>
 inline void tile(int64_t K, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
+  constexpr int whole = V - half;
   f32 acc[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) acc[r][v] = f32{};
+  half_f32 tail[R];
+  // Every loop over r and v is unrolled by name: left to itself, GCC keeps acc on the stack before and after the loop over k.
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < whole; ++v) acc[r][v] = f32{};
+    tail[r] = half_f32{};
+  }
   for (int64_t k = 0; k < K; ++k) {
     f32 row[V];
-    for (int v = 0; v < V; ++v) row[v] = load(b + k * b_stride + v * kLanes);
+    half_f32 last;
+#pragma GCC unroll 4
+    for (int v = 0; v < whole; ++v) row[v] = load(b + k * b_stride + v * kLanes);
+    if constexpr (half) last = load_as<half_f32>(b + k * b_stride + whole * kLanes);
+#pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
       const float x = order == A::rows ? a[r * a_stride + k] : a[k * a_stride + r];
-      for (int v = 0; v < V; ++v) acc[r][v] += x * row[v];
+#pragma GCC unroll 4
+      for (int v = 0; v < whole; ++v) acc[r][v] += x * row[v];
+      if constexpr (half) tail[r] += x * last;
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) {
-      float* out = c + r * c_stride + v * kLanes;
-      store(out, add ? load(out) + acc[r][v] : acc[r][v]);
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    float* out = c + r * c_stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < whole; ++v) store(out + v * kLanes, add ? load(out + v * kLanes) + acc[r][v] : acc[r][v]);
+    if constexpr (half) {
+      out += whole * kLanes;
+      if constexpr (!add) store(out, f32{});
+      const half_f32 sum = add ? load_as<half_f32>(out) + tail[r] : tail[r];
+      std::memcpy(out, &sum, sizeof sum);
     }
+  }
 }
 
-template <int V, A order, bool add>
+template <int V, bool half, A order, bool add>
 inline void panel(int64_t M, int64_t K, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
   const int64_t step = order == A::rows ? a_stride : 1;
   int64_t i = 0;
-  for (; i + kRows <= M; i += kRows) tile<kRows, V, order, add>(K, a + i * step, a_stride, b, b_stride, c + i * c_stride, c_stride);
+  for (; i + kRows <= M; i += kRows) tile<kRows, V, half, order, add>(K, a + i * step, a_stride, b, b_stride, c + i * c_stride, c_stride);
   a += i * step;
   c += i * c_stride;
   switch (M - i) {
-    case 1: return tile<1, V, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
-    case 2: return tile<2, V, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
-    case 3: return tile<3, V, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
-    case 4: return tile<4, V, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
-    case 5: return tile<5, V, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
+    case 1: return tile<1, V, half, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
+    case 2: return tile<2, V, half, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
+    case 3: return tile<3, V, half, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
+    case 4: return tile<4, V, half, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
+    case 5: return tile<5, V, half, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
   }
 }
 
-// C (M, columns in whole vectors) = A (M, K) B (K, columns), or += with add.
+// C (M, columns) = A (M, K) B (K, columns), or += with add. C's columns beyond, up to a whole vector, become 0 if B's are.
 template <A order, bool add>
-void gemm(int64_t M, int columns, int64_t K, const float* a, int64_t a_stride, Matrix b, float* c, int64_t c_stride) {
-  const Panels panels(columns);
+void gemm(int64_t M, int64_t columns, int64_t K, const float* a, int64_t a_stride, Matrix b, float* c, int64_t c_stride) {
+  const Panels panels(vectors(columns));
   for (int p = 0; p < panels.count; ++p) {
     const int width = panels.width(p), first = panels.first(p) * kLanes;
     const float* source = b.data + (b.stride ? first : first * K);
     const int64_t stride = b.stride ? b.stride : width * kLanes;
+    const auto run = [&]<int V>() {
+      if (p + 1 == panels.count && ends_in_half(columns)) panel<V, true, order, add>(M, K, a, a_stride, source, stride, c + first, c_stride);
+      else panel<V, false, order, add>(M, K, a, a_stride, source, stride, c + first, c_stride);
+    };
     switch (width) {
-      case 1: panel<1, order, add>(M, K, a, a_stride, source, stride, c + first, c_stride); break;
-      case 2: panel<2, order, add>(M, K, a, a_stride, source, stride, c + first, c_stride); break;
-      case 3: if constexpr (kPanel > 2) panel<3, order, add>(M, K, a, a_stride, source, stride, c + first, c_stride); break;
-      case 4: if constexpr (kPanel > 2) panel<4, order, add>(M, K, a, a_stride, source, stride, c + first, c_stride); break;
+      case 1: run.template operator()<1>(); break;
+      case 2: run.template operator()<2>(); break;
+      case 3: if constexpr (kPanel > 2) run.template operator()<3>(); break;
+      case 4: if constexpr (kPanel > 2) run.template operator()<4>(); break;
     }
   }
 }
@@ -109,6 +138,7 @@ void pack_transposed(int64_t rows, int64_t columns, const T* x, int64_t stride, 
         f32 v[kLanes];
         for (int r = 0; r < kLanes; ++r) {
           const T* source = x + (row + r) * stride + j;
+          __builtin_prefetch(source + kLanes * stride);
           v[r] = row + r >= rows ? f32{} : (n == kLanes ? load(source) : load_n(source, n)) * scale;
         }
         transpose(v);

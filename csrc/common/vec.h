@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "common/dtype.h"
 
@@ -44,6 +45,16 @@ inline f32 splat(float x) { return x - f32{}; }
 inline u32 splat(uint32_t x) { return x - u32{}; }
 inline u32 bits(f32 x) { return reinterpret_cast<u32>(x); }
 inline f32 from_bits(u32 x) { return reinterpret_cast<f32>(x); }
+
+// f(0), f(1), ... as a constant vector: written by a loop, GCC assembles it again at every use.
+template <class F, size_t... lane>
+constexpr u32 lanes(F f, std::index_sequence<lane...>) {
+  return u32{static_cast<uint32_t>(f(static_cast<int>(lane)))...};
+}
+template <class F>
+constexpr u32 lanes(F f) {
+  return lanes(f, std::make_index_sequence<kLanes>());
+}
 
 template <class V, class T>
 inline V load_as(const T* p) {
@@ -132,9 +143,8 @@ inline void for_vectors(int64_t count, const F& f) {
 
 // x in the first n lanes, `other` beyond.
 inline f32 keep_n(f32 x, int n, float other) {
-  i32 lane;
-  for (int l = 0; l < kLanes; ++l) lane[l] = l;
-  return lane < n ? x : splat(other);
+  constexpr u32 lane = lanes([](int l) { return l; });
+  return lane < static_cast<uint32_t>(n) ? x : splat(other);
 }
 
 template <class T>
@@ -146,51 +156,72 @@ inline float load_one(const T* p) {
 inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
 
 // Lane 0 after halving the vector onto itself; the order of the operations is that of the lanes' tree.
-template <class Op>
+template <int half = kLanes / 2, class Op>
 inline float reduce(f32 v, Op op) {
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half; half /= 2) {
-    u32 lane;
-    for (int l = 0; l < kLanes; ++l) lane[l] = (l + half) % kLanes;
-    v = op(v, __builtin_shuffle(v, lane));
-  }
-  return v[0];
+  constexpr u32 other = lanes([](int l) { return (l + half) % kLanes; });
+  v = op(v, __builtin_shuffle(v, other));
+  if constexpr (half > 1) return reduce<half / 2>(v, op);
+  else return v[0];
 }
 inline float reduce_max(f32 v) { return reduce(v, [](f32 a, f32 b) { return max(a, b); }); }
 inline float reduce_add(f32 v) { return reduce(v, [](f32 a, f32 b) { return a + b; }); }
 
-// e^x for x < 88; 0 below -87.7; NaN stays. Relative error 1e-7 (1 + |x| / 2). x log2(e) is split into the nearest integer and a remainder in
-// [-1/2, 1/2]; the remainder's power of 2 is the minimax polynomial of degree 6 (relative error 2e-9), the integer goes into the exponent.
-// Adding 1.5 * 2^23 rounds to the integer and leaves it in the low bits.
+// e^x for x < 88; 0 below -104 at the latest; NaN stays. Relative error 1e-7 (1 + |x| / 2). x log2(e) is split into the nearest integer n and
+// a remainder in [-1/2, 1/2]; the remainder's power of 2 is the minimax polynomial of degree 6 (relative error 2e-9), n goes into the exponent.
 inline f32 exp(f32 x) {
   x *= 0x1.715476p+0f;
+#if defined(__AVX512F__)
+  const f32 n = (f32)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
   x = x < -127.0f ? splat(-127.0f) : x;
-  const f32 shifted = x + 0x1.8p23f, r = x - (shifted - 0x1.8p23f);
+  const f32 shifted = x + 0x1.8p23f, n = shifted - 0x1.8p23f;  // rounds, and leaves the integer in the low bits
+#endif
+  const f32 r = x - n;
   f32 p = r * 0x1.41d334p-13f + 0x1.5f456ap-10f;
   p = p * r + 0x1.3b2dbcp-7f;
   p = p * r + 0x1.c6aed4p-5f;
   p = p * r + 0x1.ebfbdap-3f;
   p = p * r + 0x1.62e430p-1f;
   p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (f32)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);  // p = NaN, n = -inf: 0
+#else
   return p * from_bits((bits(shifted) << 23) + 0x3f800000u);
+#endif
 }
 
-// v[i][j] -> v[j][i] of a square block in registers: log2(kLanes) rounds, round h exchanges the off-diagonal blocks of size h.
+// Round h of a transposition of kLanes vectors exchanges the off-diagonal blocks of size h of each pair a = v[i], b = v[i + h].
+template <int h>
+inline f32 upper(f32 a, f32 b) {
+  constexpr u32 from = lanes([](int l) { return l & h ? kLanes + l - h : l; });
+  return __builtin_shuffle(a, b, from);
+}
+template <int h>
+inline f32 lower(f32 a, f32 b) {
+  constexpr u32 from = lanes([](int l) { return l & h ? kLanes + l : l + h; });
+  return __builtin_shuffle(a, b, from);
+}
+
+// v[i][j] -> v[j][i] in registers.
 template <int h = 1>
 inline void transpose(f32 (&v)[kLanes]) {
-  u32 low, high;
-  for (int l = 0; l < kLanes; ++l) {
-    low[l] = l & h ? kLanes + l - h : l;
-    high[l] = l & h ? kLanes + l : l + h;
-  }
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i)
     if (!(i & h)) {
       const f32 a = v[i], b = v[i + h];
-      v[i] = __builtin_shuffle(a, b, low);
-      v[i + h] = __builtin_shuffle(a, b, high);
+      v[i] = upper<h>(a, b);
+      v[i + h] = lower<h>(a, b);
     }
   if constexpr (2 * h < kLanes) transpose<2 * h>(v);
+}
+
+// Lane i of the result is v[i] reduced over its lanes: a transposition whose pairs are joined at once. v is used up.
+template <int h = 1, class Op>
+inline f32 reduce_each(f32 (&v)[kLanes], Op op) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i += 2 * h) v[i] = op(upper<h>(v[i], v[i + h]), lower<h>(v[i], v[i + h]));
+  if constexpr (2 * h < kLanes) return reduce_each<2 * h>(v, op);
+  else return v[0];
 }
 
 }  // namespace fastdiff::FASTDIFF_ISA

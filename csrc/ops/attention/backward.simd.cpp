@@ -64,26 +64,21 @@ inline void probabilities(float* s, float* ds, int64_t width, const float* stats
   }
 }
 
-// The same from a row that holds all its keys, which needs neither log-sum-exp nor output: softmax and sum(P dP) from the numbers
+// The same from rows that hold all their keys, which need neither log-sum-exp nor output: softmax and sum(P dP) from the numbers
 // at hand, so that dS cancels as exactly as the formula does even where one key has nearly all the weight.
-inline void whole_probabilities(float* s, float* ds, int64_t width, float dlse) {
-  f32 most = load(s);
-  for (int64_t j = kLanes; j < width; j += kLanes) most = max(most, load(s + j));
-  const float highest = reduce_max(most), top = highest == -kInf ? 0.0f : highest;
-  f32 sums = {}, products = {};
-  for (int64_t j = 0; j < width; j += kLanes) {
-    const f32 e = exp(load(s + j) - top);
-    store(s + j, e);
-    sums += e;
+inline void whole_probabilities(int64_t rows, int64_t width, float* s, float* ds, int64_t stride, const float* dlse) {
+  for (int64_t r = 0; r < rows; r += kLanes, s += kLanes * stride, ds += kLanes * stride) {
+    const int64_t n = least(kLanes, rows - r);
+    const f32 sum = powers(n, width, s, stride, row_maxima(n, width, s, stride)), scale = sum == 0.0f ? f32{} : 1.0f / sum;
+    const f32 taken = row_sums(n, width, [&](int i, int64_t j) {
+      const f32 p = load(s + i * stride + j) * scale[i];
+      store(s + i * stride + j, p);
+      return p * load(ds + i * stride + j);
+    });
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = i * stride; j < i * stride + width; j += kLanes)
+        store(ds + j, load(s + j) * ((load(ds + j) - taken[i]) + (dlse ? dlse[r + i] : 0.0f)));
   }
-  const float sum = reduce_add(sums), scale = sum == 0.0f ? 0.0f : 1.0f / sum;
-  for (int64_t j = 0; j < width; j += kLanes) {
-    const f32 p = load(s + j) * scale;
-    store(s + j, p);
-    products += p * load(ds + j);
-  }
-  const float taken = reduce_add(products);
-  for (int64_t j = 0; j < width; j += kLanes) store(ds + j, load(s + j) * ((load(ds + j) - taken) + dlse));
 }
 
 void keep_dbias(const Problem& p, const BackwardOut& o, const Item& item, int64_t m, int64_t n0, int64_t keys, const float* ds) {
@@ -145,16 +140,15 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
           pack_rows(n, p.E, row<T>(p.q, item.b, item.h, m), p.q.s, p.scale, q);
           pack_rows(n, p.E, row<T>(in.dout, item.b, item.h, m), in.dout.s, 1.0f, dout);
         });
-        gemm<A::rows, false>(n, vectors(visible), p.E, q, w, {kt, 0}, s, stride);
+        gemm<A::rows, false>(n, visible, p.E, q, w, {kt, 0}, s, stride);
         if (p.bias || visible != width || p.seen(item.b, m) < n0 + visible) mask(p, item, m, n, n0, visible, s, stride);
-        gemm<A::rows, false>(n, vectors(visible), p.E, dout, w, {vt, 0}, ds, stride);
-        for (int64_t i = 0; i < n; ++i) {
-          if (whole) whole_probabilities(s + i * stride, ds + i * stride, width, dlse ? dlse[r + i] : 0.0f);
-          else probabilities(s + i * stride, ds + i * stride, width, stats + 4 * (r + i));
-        }
-        gemm<A::columns, true>(visible, vectors(p.E), n, s, stride, {dout, w}, dv, w);
-        gemm<A::columns, true>(visible, vectors(p.E), n, ds, stride, {q, w}, dk, w);
-        gemm<A::rows, true>(n, vectors(p.E), visible, ds, stride, {k, w}, dq + r * w, w);
+        gemm<A::rows, false>(n, visible, p.E, dout, w, {vt, 0}, ds, stride);
+        if (whole) whole_probabilities(n, width, s, ds, stride, dlse ? dlse + r : nullptr);
+        else
+          for (int64_t i = 0; i < n; ++i) probabilities(s + i * stride, ds + i * stride, width, stats + 4 * (r + i));
+        gemm<A::columns, true>(visible, p.E, n, s, stride, {dout, w}, dv, w);
+        gemm<A::columns, true>(visible, p.E, n, ds, stride, {q, w}, dk, w);
+        gemm<A::rows, true>(n, p.E, visible, ds, stride, {k, w}, dq + r * w, w);
       }
       if (o.dbias)
         for (int64_t i = 0; i < n; ++i) {

@@ -43,4 +43,38 @@ inline void mask(const Problem& p, const Item& item, int64_t m0, int64_t rows, i
   }
 }
 
+// Of up to kLanes rows at a time: the latency of a row's reductions is then waited for once and not kLanes times. Lane i is row i's, the
+// lanes beyond `rows` are -inf and 0.
+inline f32 row_maxima(int64_t rows, int64_t width, const float* s, int64_t stride) {
+  f32 line[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    line[i] = splat(-kInf);
+    if (i < rows)
+      for (int64_t j = 0; j < width; j += kLanes) line[i] = max(line[i], load(s + i * stride + j));
+  }
+  return reduce_each(line, [](f32 a, f32 b) { return max(a, b); });
+}
+
+// Lane i: the sum over row i of f(i, j), for every vector j of columns.
+template <class F>
+inline f32 row_sums(int64_t rows, int64_t width, const F& f) {
+  f32 line[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    line[i] = f32{};
+    if (i < rows)
+      for (int64_t j = 0; j < width; j += kLanes) line[i] += f(i, j);
+  }
+  return reduce_each(line, [](f32 a, f32 b) { return a + b; });
+}
+
+// Scores to powers relative to the rows' maxima, 0 where a row has no key yet; returns their sums.
+inline f32 powers(int64_t rows, int64_t width, float* s, int64_t stride, f32 maxima) {
+  const f32 base = maxima == -kInf ? f32{} : maxima;
+  return row_sums(rows, width, [&](int i, int64_t j) {
+    const f32 e = exp(load(s + i * stride + j) - base[i]);
+    store(s + i * stride + j, e);
+    return e;
+  });
+}
+
 }  // namespace fastdiff::attention::FASTDIFF_ISA

@@ -5,35 +5,32 @@ namespace {
 
 // Scratch of an item, in floats.
 struct Layout {
-  int64_t width, stride, q, out, stats, k, v, s, total;
+  int64_t width, stride, q, out, maxima, sums, k, v, s, total;
   Layout(const Problem& p, const Plan& plan) : width(padded(p.E)), stride(score_stride(plan)) {
     q = 0;
     out = q + plan.query_rows * width;
-    stats = out + plan.query_rows * width;
-    k = stats + (plan.query_rows * 2 + 15) / 16 * 16;
+    maxima = out + plan.query_rows * width;
+    sums = maxima + padded(plan.query_rows) + kLanes;
+    k = sums + padded(plan.query_rows) + kLanes;
     v = k + p.E * padded(plan.key_block);
     s = v + plan.key_block * width;
     total = s + plan.query_block * stride;
   }
 };
 
-// Scores to unnormalised probabilities relative to the running maximum, which may rise: then the row of sums so far shrinks. stats = (maximum, sum).
-inline void online_softmax(float* s, int64_t width, float* stats, float* out, int64_t out_width) {
-  f32 top = load(s);
-  for (int64_t j = kLanes; j < width; j += kLanes) top = max(top, load(s + j));
-  const float before = stats[0], highest = reduce_max(top), now = before > highest ? before : highest;
-  const float base = now == -kInf ? 0.0f : now;  // no key yet: every power below is e^-inf = 0
-  f32 sum = {};
-  for (int64_t j = 0; j < width; j += kLanes) {
-    const f32 e = exp(load(s + j) - base);
-    store(s + j, e);
-    sum += e;
+// Scores of `rows` queries to unnormalised probabilities relative to their running maxima, which may rise: then the sums so far shrink.
+// Maxima and sums beyond `rows` come out as they were.
+inline void online_softmax(int64_t rows, int64_t width, float* s, int64_t stride, float* maxima, float* sums, float* out, int64_t out_width) {
+  for (int64_t r = 0; r < rows; r += kLanes, s += kLanes * stride, out += kLanes * out_width) {
+    const int64_t n = least(kLanes, rows - r);
+    const f32 before = load(maxima + r), now = max(row_maxima(n, width, s, stride), before);
+    const f32 shrink = exp(before - (now == -kInf ? f32{} : now));
+    store(maxima + r, now);
+    store(sums + r, load(sums + r) * shrink + powers(n, width, s, stride, now));
+    for (int64_t i = 0; i < n; ++i)
+      if (const float by = shrink[i]; by != 1.0f)
+        for (int64_t j = 0; j < out_width; j += kLanes) store(out + i * out_width + j, load(out + i * out_width + j) * by);
   }
-  const float shrink = now == before ? 1.0f : exp(splat(before - base))[0];
-  stats[0] = now;
-  stats[1] = stats[1] * shrink + reduce_add(sum);
-  if (shrink != 1.0f)
-    for (int64_t j = 0; j < out_width; j += kLanes) store(out + j, load(out + j) * shrink);
 }
 
 // What rounding left over of x * scale beside its rounded values, times kLowScale; 0 where they are not finite.
@@ -69,14 +66,13 @@ void finish(const Problem& p, const ForwardOut& o, int64_t b, int64_t h, int64_t
 void run(const Problem& p, const Plan& plan, const ForwardOut& o, int64_t index, float* scratch) {
   const Item item(p, plan, index);
   const Layout at(p, plan);
-  float *q = scratch + at.q, *stats = scratch + at.stats, *kt = scratch + at.k, *v = scratch + at.v, *s = scratch + at.s;
+  float *q = scratch + at.q, *maxima = scratch + at.maxima, *sums = scratch + at.sums, *kt = scratch + at.k, *v = scratch + at.v,
+        *s = scratch + at.s;
   const int64_t rows = item.m1 - item.m0;
   const bool whole = plan.key_splits == 1;
   float* out = whole ? scratch + at.out : o.partial + index * plan.query_rows * at.width;
-  if (!whole) stats = o.partial_stats + index * plan.query_rows * 2;
-
   for (int64_t i = 0; i < rows * at.width; i += kLanes) store(out + i, f32{});
-  for (int64_t i = 0; i < rows; ++i) stats[2 * i] = -kInf, stats[2 * i + 1] = 0.0f;
+  for (int64_t i = 0; i < padded(rows) + kLanes; i += kLanes) store(maxima + i, splat(-kInf)), store(sums + i, f32{});
   typed(p.type, [&]<class T>() {
     pack_rows(rows, p.E, row<T>(p.q, item.b, item.h, item.m0), p.q.s, p.scale, q);
   });
@@ -91,16 +87,19 @@ void run(const Problem& p, const Plan& plan, const ForwardOut& o, int64_t index,
     for (int64_t r = 0; r < rows; r += plan.query_block) {
       const int64_t n = least(plan.query_block, rows - r);
       if (p.seen(item.b, item.m0 + r + n - 1) <= n0) continue;
-      gemm<A::rows, false>(n, vectors(keys), p.E, q + r * at.width, at.width, {kt, 0}, s, at.stride);
+      gemm<A::rows, false>(n, keys, p.E, q + r * at.width, at.width, {kt, 0}, s, at.stride);
       if (p.bias || keys != width || p.seen(item.b, item.m0 + r) < n0 + keys) mask(p, item, item.m0 + r, n, n0, keys, s, at.stride);
-      for (int64_t i = 0; i < n; ++i)
-        online_softmax(s + i * at.stride, width, stats + 2 * (r + i), out + (r + i) * at.width, at.width);
-      gemm<A::rows, true>(n, vectors(p.E), keys, s, at.stride, {v, at.width}, out + r * at.width, at.width);
+      online_softmax(n, width, s, at.stride, maxima + r, sums + r, out + r * at.width, at.width);
+      gemm<A::rows, true>(n, p.E, keys, s, at.stride, {v, at.width}, out + r * at.width, at.width);
     }
   }
-  if (whole)
-    for (int64_t i = 0; i < rows; ++i)
-      finish(p, o, item.b, item.h, item.m0 + i, out + i * at.width, stats[2 * i], stats[2 * i + 1]);
+  for (int64_t i = 0; i < rows; ++i)
+    if (whole) {
+      finish(p, o, item.b, item.h, item.m0 + i, out + i * at.width, maxima[i], sums[i]);
+    } else {
+      float* stats = o.partial_stats + (index * plan.query_rows + i) * 2;
+      stats[0] = maxima[i], stats[1] = sums[i];
+    }
 }
 
 void merge(const Problem& p, const Plan& plan, const ForwardOut& o, int64_t group) {

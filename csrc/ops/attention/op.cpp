@@ -54,8 +54,8 @@ struct Inputs {
 
 // Enough items that any machine of today's core counts is busy and a slow core does not hold up the rest.
 constexpr int64_t kItems = 32;
-// A core's L2 holds what an item works on; 1 MiB of it is common, half of that is used for what must stay.
-constexpr int64_t kResidentFloats = 128 * 1024;
+// A core's L2 holds what an item works on; 1 MiB of it is common, most of it is used for what must stay: queries, their sums, keys and values.
+constexpr int64_t kResidentFloats = 144 * 1024;
 
 Plan forward_plan(int64_t B, int64_t H, int64_t M, int64_t N, int64_t width) {
   Plan plan;
@@ -64,14 +64,13 @@ Plan forward_plan(int64_t B, int64_t H, int64_t M, int64_t N, int64_t width) {
   const int64_t rows = std::clamp<int64_t>(kResidentFloats / (2 * width) / 6 * 6, 48, 510);
   plan.key_block = std::min(std::clamp<int64_t>(72 * 1024 / (2 * width) / 64 * 64, 64, 256), std::max<int64_t>(1, N));
   plan.query_block = std::min<int64_t>(24, std::max<int64_t>(1, M));
-  // First queries are cut, down to 96 rows, since that costs only packing keys again; then keys, down to 1024, which needs a merge.
-  plan.query_splits = std::max<int64_t>(1, ceil_div(M, rows));
-  const int64_t wanted = ceil_div(kItems, heads);
-  plan.query_splits = std::max(plan.query_splits, std::min(wanted, M / 96));
+  // Keys are cut first, down to 1024: that needs a merge of a row per split. Cutting queries, down to 96 rows, packs keys again.
+  const int64_t wanted = ceil_div(kItems, heads), fewest = std::max<int64_t>(1, ceil_div(M, rows));
+  plan.key_splits = std::clamp<int64_t>(std::min(ceil_div(wanted, fewest), N / 1024), 1, kItems);
+  plan.query_splits = std::max(fewest, std::min(ceil_div(wanted, plan.key_splits), M / 96));
   plan.query_rows = std::max<int64_t>(1, round_up(ceil_div(M, plan.query_splits), 6));
   plan.query_splits = std::max<int64_t>(1, ceil_div(M, plan.query_rows));
   plan.query_rows = std::min(plan.query_rows, std::max<int64_t>(1, M));
-  plan.key_splits = std::clamp<int64_t>(std::min(ceil_div(wanted, plan.query_splits), N / 1024), 1, kItems);
   plan.key_chunk = std::max<int64_t>(1, round_up(ceil_div(N, plan.key_splits), plan.key_block));
   plan.key_splits = std::max<int64_t>(1, ceil_div(N, plan.key_chunk));
   return plan;
@@ -81,8 +80,9 @@ Plan backward_plan(int64_t B, int64_t H, int64_t M, int64_t N, int64_t width) {
   Plan plan;
   width = std::max<int64_t>(width, 1);  // E = 0 is legal
   const int64_t heads = std::max<int64_t>(1, B * H), wanted = std::min<int64_t>(16, ceil_div(kItems, heads));
-  plan.key_block = std::min<int64_t>(width <= 96 ? 128 : 64, std::max<int64_t>(1, N));
-  plan.query_block = std::min<int64_t>(width <= 96 ? 96 : 48, std::max<int64_t>(1, M));
+  // All keys in one block, where they fit, need no statistics of the rows.
+  plan.key_block = std::min<int64_t>(width > 96 ? 64 : width <= 64 && N <= 256 ? 256 : 128, std::max<int64_t>(1, N));
+  plan.query_block = std::min<int64_t>(96, std::max<int64_t>(1, M));
   // The longer side is cut: its own gradients stay whole, the partial sums are of the shorter side.
   plan.query_splits = M > N ? std::clamp<int64_t>(M / 128, 1, wanted) : 1;
   plan.key_splits = M > N ? 1 : std::clamp<int64_t>(N / 128, 1, wanted);

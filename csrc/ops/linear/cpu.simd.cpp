@@ -55,8 +55,8 @@ void run_typed(const Problem& p, const Plan& plan, int64_t item, float* scratch)
       pack_rows(lines, length, x, stride, 1.0f, converted);
       a = converted, stride = padded(length);
     }
-    if (by_rows) gemm<A::rows, true>(rows, vectors(columns), depth, a, stride, {w, 0}, y, width);
-    else gemm<A::columns, true>(rows, vectors(columns), depth, a, stride, {w, 0}, y, width);
+    if (by_rows) gemm<A::rows, true>(rows, columns, depth, a, stride, {w, 0}, y, width);
+    else gemm<A::columns, true>(rows, columns, depth, a, stride, {w, 0}, y, width);
   }
   for (int64_t i = 0; i < rows; ++i) unpack_row(columns, y + i * width, 1.0f, static_cast<T*>(p.y) + (m0 + i) * p.N + n0);
 }
