@@ -29,44 +29,63 @@ void pack_panels(int64_t depth, int64_t columns, const T* x, int64_t stride, flo
   }
 }
 
-int64_t scratch(const Problem& p, const Plan& plan) {
-  return plan.rows * padded(plan.columns) + plan.depth * padded(plan.columns) +
-         (p.type == Type::f32 ? 0 : plan.rows * padded(plan.depth) + plan.depth * padded(plan.rows));
+// A row of x as gemm takes it: one line more than whole vectors, so that the lines of a column do not fall onto the same cache sets.
+inline int64_t line(int64_t n) { return padded(n) + kLanes; }
+
+int64_t scratch(const Plan& plan) {
+  const int64_t by_rows = plan.rows * line(plan.depth), by_columns = plan.depth * line(plan.rows);
+  return plan.rows * padded(plan.columns) + (by_rows > by_columns ? by_rows : by_columns);
+}
+
+void pack(const Problem& p, const Plan& plan, int64_t k0, int64_t block, float* packed) {
+  const int64_t n0 = block * plan.columns, columns = least(plan.columns, p.N - n0), end = least(p.K, k0 + plan.slab);
+  float* out = packed + block * plan.slab * padded(plan.columns);
+  typed(p.type, [&]<class T>() {
+    for (int64_t k = k0; k < end; k += plan.depth, out += plan.depth * padded(columns)) {
+      const int64_t depth = least(plan.depth, end - k);
+      if (p.weight.column == 1) pack_transposed(columns, depth, at<T>(p.weight, n0, k), p.weight.row, 1.0f, out);
+      else pack_panels(depth, columns, at<T>(p.weight, n0, k), p.weight.column, out);
+    }
+  });
 }
 
 template <class T>
-void run_typed(const Problem& p, const Plan& plan, int64_t item, float* scratch) {
-  const int64_t across = (p.N + plan.columns - 1) / plan.columns;
-  const int64_t m0 = item / across * plan.rows, n0 = item % across * plan.columns;
+void run_typed(const Problem& p, const Plan& plan, int64_t k0, const float* packed, float* sums, int64_t item, float* scratch) {
+  const int64_t block = item / plan.row_blocks(p), m0 = item % plan.row_blocks(p) * plan.rows, n0 = block * plan.columns;
   const int64_t rows = least(plan.rows, p.M - m0), columns = least(plan.columns, p.N - n0), width = padded(columns);
-  float *y = scratch, *w = y + plan.rows * padded(plan.columns), *converted = w + plan.depth * padded(plan.columns);
-  for (int64_t i = 0; i < rows * width; i += kLanes) store(y + i, f32{});
-  for (int64_t k0 = 0; k0 < p.K; k0 += plan.depth) {
-    const int64_t depth = least(plan.depth, p.K - k0);
-    if (p.weight.column == 1) pack_transposed(columns, depth, at<T>(p.weight, n0, k0), p.weight.row, 1.0f, w);
-    else pack_panels(depth, columns, at<T>(p.weight, n0, k0), p.weight.column, w);
-    // x as lines that are contiguous: its rows, or its columns.
+  const int64_t end = least(p.K, k0 + plan.slab);
+  float *y = sums ? sums + item * plan.rows * padded(plan.columns) : scratch, *lines = scratch + plan.rows * padded(plan.columns);
+  if (k0 == 0) {
+    if (p.bias) pack_rows(1, columns, static_cast<const T*>(p.bias) + n0, 0, 1.0f, y);
+    else for (int64_t j = 0; j < width; j += kLanes) store(y + j, f32{});
+    for (int64_t i = width; i < rows * width; i += kLanes) store(y + i, load(y + i - width));
+  }
+  const float* w = packed + block * plan.slab * padded(plan.columns);
+  for (int64_t k = k0; k < end; k += plan.depth, w += plan.depth * width) {
+    const int64_t depth = least(plan.depth, end - k);
+    // x as lines that are contiguous, its rows or its columns; copied unless they are rows of floats, which are read as they lie.
     const bool by_rows = p.x.column == 1;
-    const T* x = at<T>(p.x, m0, k0);
+    const T* x = at<T>(p.x, m0, k);
     const float* a = reinterpret_cast<const float*>(x);
     int64_t stride = by_rows ? p.x.row : p.x.column;
-    if constexpr (sizeof(T) != 4) {
-      const int64_t lines = by_rows ? rows : depth, length = by_rows ? depth : rows;
-      pack_rows(lines, length, x, stride, 1.0f, converted);
-      a = converted, stride = padded(length);
+    if (sizeof(T) != 4 || !by_rows) {
+      const int64_t length = by_rows ? depth : rows;
+      for (int64_t i = 0; i < (by_rows ? rows : depth); ++i) pack_rows(1, length, x + i * stride, 0, 1.0f, lines + i * line(length));
+      a = lines, stride = line(length);
     }
     if (by_rows) gemm<A::rows, true>(rows, columns, depth, a, stride, {w, 0}, y, width);
     else gemm<A::columns, true>(rows, columns, depth, a, stride, {w, 0}, y, width);
   }
-  for (int64_t i = 0; i < rows; ++i) unpack_row(columns, y + i * width, 1.0f, static_cast<T*>(p.y) + (m0 + i) * p.N + n0);
+  if (end == p.K)
+    for (int64_t i = 0; i < rows; ++i) unpack_row(columns, y + i * width, 1.0f, static_cast<T*>(p.y) + (m0 + i) * p.N + n0);
 }
 
-void run(const Problem& p, const Plan& plan, int64_t item, float* scratch) {
-  typed(p.type, [&]<class T>() { run_typed<T>(p, plan, item, scratch); });
+void run(const Problem& p, const Plan& plan, int64_t k0, const float* packed, float* sums, int64_t item, float* scratch) {
+  typed(p.type, [&]<class T>() { run_typed<T>(p, plan, k0, packed, sums, item, scratch); });
 }
 
 }  // namespace
 
-const Kernels kernels{scratch, run};
+const Kernels kernels{scratch, padded, pack, run};
 
 }  // namespace fastdiff::linear::FASTDIFF_ISA

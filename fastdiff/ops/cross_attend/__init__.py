@@ -71,8 +71,7 @@ class _Layer:
         return x if gain is None else F.layer_norm(x, x.shape[-1:], gain, shift, self.eps)
 
     def project(self, x, pair):
-        y = torch.ops.fastdiff.linear(x.flatten(0, 1), pair[0])
-        return (y if pair[1] is None else y.add_(pair[1])).view(*x.shape[:2], y.shape[1])
+        return torch.ops.fastdiff.linear(x.flatten(0, 1), *pair).view(*x.shape[:2], pair[0].shape[0])
 
     def split(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -87,10 +86,10 @@ class _Layer:
 
     def project_backward(self, dy, x, pair, name):
         flat = dy.flatten(0, 1)
-        self.add(f"{name}_weight", torch.ops.fastdiff.linear(flat.T, x.flatten(0, 1).T))
+        self.add(f"{name}_weight", torch.ops.fastdiff.linear(flat.T, x.flatten(0, 1).T, None))
         if pair[1] is not None and name in ("q", "out"):
             self.add(f"{name}_bias", flat.sum(0))
-        return torch.ops.fastdiff.linear(flat, pair[0].T).view(*dy.shape[:2], pair[0].shape[1])
+        return torch.ops.fastdiff.linear(flat, pair[0].T, None).view(*dy.shape[:2], pair[0].shape[1])
 
     def norm_backward(self, dy, x, which):
         gain, _ = self.norms[which]
