@@ -83,7 +83,7 @@ def check(fn, reference, case, *, examples=50, device="cpu", dtypes=DTYPES, prop
     names = [p.name for p in PROPERTIES if not p.ours]
     if unknown := set(properties or ()) - set(names):
         raise ValueError(f"check: properties wants some of {', '.join(names)}, got {', '.join(sorted(unknown))}")
-    subject = Subject(getattr(fn, "__name__", str(fn)), fn, reference, case)
+    subject = Subject(getattr(fn, "__name__", str(fn)), case.taking(fn), case.taking(reference), case)
     outcomes = {}
     for p in PROPERTIES:
         wanted = p.name in properties if properties else not p.ours and not (p.tiny and torch.float64 not in dtypes)

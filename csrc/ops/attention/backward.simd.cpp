@@ -5,20 +5,20 @@ namespace {
 
 // Scratch of an item, in floats. dq, dk, dv: sums while the item runs, used where they do not go to a partial buffer.
 struct Layout {
-  int64_t width, stride, stats, kt, vt, k, q, dout, s, ds, dq, dk, dv, total;
-  Layout(const Problem& p, const Plan& plan) : width(padded(p.E)), stride(score_stride(plan)) {
+  int64_t width, v_width, stride, stats, kt, vt, k, q, dout, s, ds, dq, dk, dv, total;
+  Layout(const Problem& p, const Plan& plan) : width(padded(p.E)), v_width(padded(p.V)), stride(score_stride(plan)) {
     const int64_t keys = plan.key_block, rows = plan.query_block, columns = padded(keys);
     stats = 0;
     kt = stats + (plan.query_rows * 4 + 15) / 16 * 16;
-    vt = kt + p.E * columns;
-    k = vt + p.E * columns;
+    vt = kt + most(p.E, p.V) * columns;  // row_stats has transposed rows of V there
+    k = vt + p.V * columns;
     q = k + keys * width;
     dout = q + rows * width;
-    s = dout + rows * width;
+    s = dout + rows * v_width;
     ds = s + rows * stride;
     dk = ds + rows * stride;
     dv = dk + keys * width;
-    dq = dv + keys * width;
+    dq = dv + keys * v_width;
     total = dq + (plan.key_splits == 1 ? plan.query_rows * width : 0);
   }
 };
@@ -37,13 +37,13 @@ void row_stats(const Problem& p, const BackwardIn& in, const Item& item, float* 
   for (int64_t m = item.m0; m < item.m1; m += kLanes) {
     const int64_t n = least(kLanes, item.m1 - m), first = (item.b * p.H + item.h) * p.M + m;
     typed(p.type, [&]<class T>() {
-      pack_transposed(n, p.E, row<T>(in.dout, item.b, item.h, m), in.dout.s, 1.0f, x);
-      pack_transposed(n, p.E, row<T>(in.out, item.b, item.h, m), in.out.s, 1.0f, y);
+      pack_transposed(n, p.V, row<T>(in.dout, item.b, item.h, m), in.dout.s, 1.0f, x);
+      pack_transposed(n, p.V, row<T>(in.out, item.b, item.h, m), in.out.s, 1.0f, y);
     });
-    f32 sum = dots(p.E, x, y);
+    f32 sum = dots(p.V, x, y);
     if (in.out_low.data) {
-      typed(p.type, [&]<class T>() { pack_transposed(n, p.E, row<T>(in.out_low, item.b, item.h, m), in.out_low.s, 1.0f / kLowScale, y); });
-      sum += dots(p.E, x, y);
+      typed(p.type, [&]<class T>() { pack_transposed(n, p.V, row<T>(in.out_low, item.b, item.h, m), in.out_low.s, 1.0f / kLowScale, y); });
+      sum += dots(p.V, x, y);
     }
     for (int64_t i = 0; i < n; ++i, stats += 4) {
       stats[0] = in.lse[first + i] == -kInf ? kInf : in.lse[first + i];
@@ -95,7 +95,7 @@ inline void clear(float* x, int64_t n) {
 
 void keep(const Problem& p, const View& x, const Item& item, int64_t begin, int64_t rows, const float* sums, int64_t width) {
   typed(p.type, [&]<class T>() {
-    for (int64_t i = 0; i < rows; ++i) unpack_row(p.E, sums + i * width, 1.0f, row<T>(x, item.b, item.h, begin + i));
+    for (int64_t i = 0; i < rows; ++i) unpack_row(width, sums + i * padded(width), 1.0f, row<T>(x, item.b, item.h, begin + i));
   });
 }
 
@@ -107,7 +107,7 @@ inline void scale_rows(float* x, int64_t n, float scale) {
 void run(const Problem& p, const Plan& plan, const BackwardIn& in, const BackwardOut& o, int64_t index, float* scratch) {
   const Item item(p, plan, index);
   const Layout at(p, plan);
-  const int64_t w = at.width, stride = at.stride, bh = item.b * p.H + item.h;
+  const int64_t w = at.width, vw = at.v_width, stride = at.stride, bh = item.b * p.H + item.h;
   float *stats = scratch + at.stats, *kt = scratch + at.kt, *vt = scratch + at.vt, *k = scratch + at.k, *q = scratch + at.q,
         *dout = scratch + at.dout, *s = scratch + at.s, *ds = scratch + at.ds;
   const bool own_q = plan.key_splits == 1, own_k = plan.query_splits == 1;
@@ -120,16 +120,16 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
 
   for (int64_t n0 = item.n0; n0 < item.n1; n0 += plan.key_block) {
     const int64_t keys = least(plan.key_block, item.n1 - n0);
-    const int64_t split = ((item.query_split * p.B * p.H + bh) * p.N + n0) * w;
-    float* dk = own_k ? scratch + at.dk : o.dk_partial + split;
-    float* dv = own_k ? scratch + at.dv : o.dv_partial + split;
+    const int64_t split = (item.query_split * p.B * p.H + bh) * p.N + n0;
+    float* dk = own_k ? scratch + at.dk : o.dk_partial + split * w;
+    float* dv = own_k ? scratch + at.dv : o.dv_partial + split * vw;
     clear(dk, keys * w);
-    clear(dv, keys * w);
+    clear(dv, keys * vw);
     const int64_t visible = least(keys, p.seen(item.b, item.m1 - 1) - n0), width = padded(visible);
     if (visible > 0)
       typed(p.type, [&]<class T>() {
         pack_transposed(visible, p.E, row<T>(p.k, item.b, item.h, n0), p.k.s, 1.0f, kt);
-        pack_transposed(visible, p.E, row<T>(p.v, item.b, item.h, n0), p.v.s, 1.0f, vt);
+        pack_transposed(visible, p.V, row<T>(p.v, item.b, item.h, n0), p.v.s, 1.0f, vt);
         pack_rows(visible, p.E, row<T>(p.k, item.b, item.h, n0), p.k.s, 1.0f, k);
       });
     for (int64_t r = 0; r < rows; r += plan.query_block) {
@@ -138,15 +138,15 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
       if (!hidden) {
         typed(p.type, [&]<class T>() {
           pack_rows(n, p.E, row<T>(p.q, item.b, item.h, m), p.q.s, p.scale, q);
-          pack_rows(n, p.E, row<T>(in.dout, item.b, item.h, m), in.dout.s, 1.0f, dout);
+          pack_rows(n, p.V, row<T>(in.dout, item.b, item.h, m), in.dout.s, 1.0f, dout);
         });
         gemm<A::rows, false>(n, visible, p.E, q, w, {kt, 0}, s, stride);
         if (p.bias || visible != width || p.seen(item.b, m) < n0 + visible) mask(p, item, m, n, n0, visible, s, stride);
-        gemm<A::rows, false>(n, visible, p.E, dout, w, {vt, 0}, ds, stride);
+        gemm<A::rows, false>(n, visible, p.V, dout, vw, {vt, 0}, ds, stride);
         if (whole) whole_probabilities(n, width, s, ds, stride, dlse ? dlse + r : nullptr);
         else
           for (int64_t i = 0; i < n; ++i) probabilities(s + i * stride, ds + i * stride, width, stats + 4 * (r + i));
-        gemm<A::columns, true>(visible, p.E, n, s, stride, {dout, w}, dv, w);
+        gemm<A::columns, true>(visible, p.V, n, s, stride, {dout, vw}, dv, vw);
         gemm<A::columns, true>(visible, p.E, n, ds, stride, {q, w}, dk, w);
         gemm<A::rows, true>(n, p.E, visible, ds, stride, {k, w}, dq + r * w, w);
       }
@@ -158,25 +158,25 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
         }
     }
     if (own_k) {
-      keep(p, o.dk, item, n0, keys, dk, w);
-      keep(p, o.dv, item, n0, keys, dv, w);
+      keep(p, o.dk, item, n0, keys, dk, p.E);
+      keep(p, o.dv, item, n0, keys, dv, p.V);
     }
   }
   scale_rows(dq, rows * w, p.scale);
-  if (own_q) keep(p, o.dq, item, item.m0, rows, dq, w);
+  if (own_q) keep(p, o.dq, item, item.m0, rows, dq, p.E);
 }
 
-void sum(const Problem& p, const View& x, int64_t S, const float* partial, int64_t splits, int64_t begin, int64_t end) {
-  const int64_t w = padded(p.E), slice = p.B * p.H * S * w;
+void sum(const Problem& p, const View& x, int64_t S, int64_t width, const float* partial, int64_t splits, int64_t begin, int64_t end) {
+  const int64_t w = padded(width), slice = p.B * p.H * S * w;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t bh = i / S;
     typed(p.type, [&]<class T>() {
       T* out = row<T>(x, bh / p.H, bh % p.H, i % S);
-      for (int64_t j = 0; j < p.E; j += kLanes) {
+      for (int64_t j = 0; j < width; j += kLanes) {
         f32 total = load(partial + i * w + j);
         for (int64_t k = 1; k < splits; ++k) total += load(partial + k * slice + i * w + j);
-        if (j + kLanes <= p.E) store(out + j, total);
-        else store_n(out + j, total, static_cast<int>(p.E - j));
+        if (j + kLanes <= width) store(out + j, total);
+        else store_n(out + j, total, static_cast<int>(width - j));
       }
     });
   }

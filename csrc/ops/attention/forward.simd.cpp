@@ -5,10 +5,10 @@ namespace {
 
 // Scratch of an item, in floats.
 struct Layout {
-  int64_t width, stride, q, out, maxima, sums, k, v, s, total;
-  Layout(const Problem& p, const Plan& plan) : width(padded(p.E)), stride(score_stride(plan)) {
+  int64_t q_width, width, stride, q, out, maxima, sums, k, v, s, total;
+  Layout(const Problem& p, const Plan& plan) : q_width(padded(p.E)), width(padded(p.V)), stride(score_stride(plan)) {
     q = 0;
-    out = q + plan.query_rows * width;
+    out = q + plan.query_rows * q_width;
     maxima = out + plan.query_rows * width;
     sums = maxima + padded(plan.query_rows) + kLanes;
     k = sums + padded(plan.query_rows) + kLanes;
@@ -58,8 +58,8 @@ void finish(const Problem& p, const ForwardOut& o, int64_t b, int64_t h, int64_t
   const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
   typed(p.type, [&]<class T>() {
     T* out = row<T>(o.out, b, h, m);
-    unpack_row(p.E, sums, scale, out);
-    if (o.out_low.data) keep_low(p.E, sums, scale, out, row<T>(o.out_low, b, h, m));
+    unpack_row(p.V, sums, scale, out);
+    if (o.out_low.data) keep_low(p.V, sums, scale, out, row<T>(o.out_low, b, h, m));
   });
 }
 
@@ -82,15 +82,15 @@ void run(const Problem& p, const Plan& plan, const ForwardOut& o, int64_t index,
     const int64_t keys = least(plan.key_block, last - n0), width = padded(keys);
     typed(p.type, [&]<class T>() {
       pack_transposed(keys, p.E, row<T>(p.k, item.b, item.h, n0), p.k.s, 1.0f, kt);
-      pack_rows(keys, p.E, row<T>(p.v, item.b, item.h, n0), p.v.s, 1.0f, v);
+      pack_rows(keys, p.V, row<T>(p.v, item.b, item.h, n0), p.v.s, 1.0f, v);
     });
     for (int64_t r = 0; r < rows; r += plan.query_block) {
       const int64_t n = least(plan.query_block, rows - r);
       if (p.seen(item.b, item.m0 + r + n - 1) <= n0) continue;
-      gemm<A::rows, false>(n, keys, p.E, q + r * at.width, at.width, {kt, 0}, s, at.stride);
+      gemm<A::rows, false>(n, keys, p.E, q + r * at.q_width, at.q_width, {kt, 0}, s, at.stride);
       if (p.bias || keys != width || p.seen(item.b, item.m0 + r) < n0 + keys) mask(p, item, item.m0 + r, n, n0, keys, s, at.stride);
       online_softmax(n, width, s, at.stride, maxima + r, sums + r, out + r * at.width, at.width);
-      gemm<A::rows, true>(n, p.E, keys, s, at.stride, {v, at.width}, out + r * at.width, at.width);
+      gemm<A::rows, true>(n, p.V, keys, s, at.stride, {v, at.width}, out + r * at.width, at.width);
     }
   }
   for (int64_t i = 0; i < rows; ++i)
@@ -104,7 +104,7 @@ void run(const Problem& p, const Plan& plan, const ForwardOut& o, int64_t index,
 
 void merge(const Problem& p, const Plan& plan, const ForwardOut& o, int64_t group) {
   const Item item(p, plan, group * plan.key_splits);
-  const int64_t width = padded(p.E), slice = plan.query_rows;
+  const int64_t width = padded(p.V), slice = plan.query_rows;
   float* sums = o.partial + group * plan.key_splits * slice * width;
   float* stats = o.partial_stats + group * plan.key_splits * slice * 2;
   for (int64_t i = 0; i < item.m1 - item.m0; ++i) {

@@ -42,7 +42,7 @@ struct Inputs {
          const std::optional<Tensor>& key_lengths_, bool causal, std::optional<double> scale)
       : q(with_rows(q_)), k(with_rows(k_)), v(with_rows(v_)), bias(bias_) {
     if (key_lengths_) key_lengths = torch::stable::contiguous(*key_lengths_);
-    problem = {type_of(q), q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), view(q), view(k), view(v), nullptr, {}, nullptr, causal,
+    problem = {type_of(q), q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), v.size(3), view(q), view(k), view(v), nullptr, {}, nullptr, causal,
                static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(1, q.size(3)))))};
     if (bias) {
       problem.bias = bias->const_data_ptr();
@@ -97,8 +97,8 @@ std::vector<int64_t> plan_numbers(const Plan& p) { return {p.query_splits, p.que
 
 void forward(const Problem& p, const View& out, const View& out_low, float* lse, float* lse_low) {
   const ForwardKernels& kernels = pick_forward();
-  const int64_t width = kernels.padded(p.E);
-  const Plan plan = forward_plan(p.B, p.H, p.M, p.N, width);
+  const int64_t width = kernels.padded(p.V);
+  const Plan plan = forward_plan(p.B, p.H, p.M, p.N, kernels.padded(std::max(p.E, p.V)));
   const int64_t items = plan.items(p), rows = plan.key_splits > 1 ? items * plan.query_rows : 0;
   const Buffer partial = allocate(rows * width), stats = allocate(rows * 2);
   const ForwardOut o{out, out_low, lse, lse_low, partial.get(), stats.get()};
@@ -150,14 +150,14 @@ void attention_backward(const Tensor& dout, const std::optional<Tensor>& dlse, c
   const Inputs inputs(q, k, v, bias, key_lengths, causal, scale);
   const Problem& p = inputs.problem;
   const BackwardKernels& kernels = pick_backward();
-  const int64_t heads = p.B * p.H, width = kernels.padded(p.E);
-  const Plan plan = backward_plan(p.B, p.H, p.M, p.N, width);
+  const int64_t heads = p.B * p.H, width = kernels.padded(p.E), v_width = kernels.padded(p.V);
+  const Plan plan = backward_plan(p.B, p.H, p.M, p.N, std::max(width, v_width));
   const Tensor y = with_rows(out), y_low = with_rows(out_low), dy = with_rows(dout), rows = torch::stable::contiguous(lse), low = torch::stable::contiguous(lse_low);
   std::optional<Tensor> drows;
   if (dlse) drows = torch::stable::contiguous(*dlse);
   const Buffer dq_partial = allocate(plan.key_splits > 1 ? plan.key_splits * heads * p.M * width : 0);
-  const int64_t per_key = plan.query_splits > 1 ? plan.query_splits * heads * p.N * width : 0;
-  const Buffer dk_partial = allocate(per_key), dv_partial = allocate(per_key);
+  const int64_t per_key = plan.query_splits > 1 ? plan.query_splits * heads * p.N : 0;
+  const Buffer dk_partial = allocate(per_key * width), dv_partial = allocate(per_key * v_width);
   const BackwardIn in{view(y), low_view(y_low), view(dy), floats(rows), floats(low), floats(drows), partial};
   // A bias that is one number for all keys of a query moves its log-sum-exp and nothing else: its gradient is dlse, exactly.
   const bool by_row = bias_grad && dbias.size(3) == 1, by_score = bias_grad && !by_row;
@@ -166,14 +166,14 @@ void attention_backward(const Tensor& dout, const std::optional<Tensor>& dlse, c
   const BackwardOut o{view(dq), view(dk), view(dv), !by_score ? nullptr : reduce_bias ? full_bias.get() : dbias.mutable_data_ptr(), reduce_bias,
                       dq_partial.get(), dk_partial.get(), dv_partial.get()};
   for_items(plan.items(p), kernels.scratch(p, plan), [&](int64_t item, float* scratch) { kernels.run(p, plan, in, o, item, scratch); });
-  const auto add = [&](const View& x, int64_t S, const Buffer& partial, int64_t splits) {
+  const auto add = [&](const View& x, int64_t S, int64_t columns, const Buffer& partial, int64_t splits) {
     if (splits > 1)
-      torch::stable::parallel_for(0, heads * S, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width * splits)),
-                                  [&](int64_t begin, int64_t end) { kernels.sum(p, x, S, partial.get(), splits, begin, end); });
+      torch::stable::parallel_for(0, heads * S, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, columns * splits)),
+                                  [&](int64_t begin, int64_t end) { kernels.sum(p, x, S, columns, partial.get(), splits, begin, end); });
   };
-  add(o.dq, p.M, dq_partial, plan.key_splits);
-  add(o.dk, p.N, dk_partial, plan.query_splits);
-  add(o.dv, p.N, dv_partial, plan.query_splits);
+  add(o.dq, p.M, p.E, dq_partial, plan.key_splits);
+  add(o.dk, p.N, p.E, dk_partial, plan.query_splits);
+  add(o.dv, p.N, p.V, dv_partial, plan.query_splits);
   if (by_row)
     for (int64_t i = 0; i < heads * p.M; ++i) full_bias[i] = drows && in.lse[i] != -INFINITY ? in.dlse[i] : 0.0f;
   if ((reduce_bias || by_row) && dbias.numel()) {

@@ -16,7 +16,7 @@ struct View {
 
 struct Problem {
   Type type;
-  int64_t B, H, M, N, E;
+  int64_t B, H, M, N, E, V;  // E: of queries and keys; V: of values and results (composed ops have their own)
   View q, k, v;
   const void* bias;  // or null; broadcast axes have stride 0
   int64_t bias_stride[4];
@@ -59,7 +59,7 @@ constexpr float kLowScale = 2048.0f;
 struct ForwardOut {
   View out, out_low;     // out_low: what rounding to half precision left over of out, times kLowScale; or null
   float *lse, *lse_low;  // (B, H, M): natural log-sum-exp, rounded, and what rounding left over; each or both may be null
-  // With more than one key split: unnormalised rows (items, query_rows, padded E), their maxima and sums (items, query_rows, 2).
+  // With more than one key split: unnormalised rows (items, query_rows, padded V), their maxima and sums (items, query_rows, 2).
   float *partial, *partial_stats;
 };
 
@@ -81,7 +81,8 @@ struct BackwardOut {
   View dq, dk, dv;
   void* dbias;      // contiguous (B, H, M, N), or null
   bool dbias_f32;   // it is float whatever the type: a buffer that will be summed over bias's broadcast axes
-  // Float sums of one split each: dq (key_splits, B H, M, padded E) where keys are split; dk and dv (query_splits, B H, N, padded E) where queries are.
+  // Float sums of one split each: dq (key_splits, B H, M, padded E) where keys are split; dk (query_splits, B H, N, padded E) and dv, padded V,
+  // where queries are.
   float *dq_partial, *dk_partial, *dv_partial;
 };
 
@@ -89,8 +90,9 @@ struct BackwardKernels {
   int64_t (*scratch)(const Problem&, const Plan&);
   int64_t (*padded)(int64_t E);
   void (*run)(const Problem&, const Plan&, const BackwardIn&, const BackwardOut&, int64_t item, float* scratch);
-  // Adds the partial sums of `splits` slices (each slice floats apart) into rows [begin, end) of (B H, S) rows of x, in the order of the splits.
-  void (*sum)(const Problem&, const View& x, int64_t S, const float* partial, int64_t splits, int64_t begin, int64_t end);
+  // Adds the partial sums of `splits` slices (each slice floats apart) into rows [begin, end) of (B H, S) rows of x, `width` wide, in the
+  // order of the splits.
+  void (*sum)(const Problem&, const View& x, int64_t S, int64_t width, const float* partial, int64_t splits, int64_t begin, int64_t end);
   // Sums (B, H, M, columns) floats over bias's broadcast axes into rows [begin, end) of a contiguous gradient of bias's shape. columns is N, or 1
   // where bias is one number for all keys of a query.
   void (*sum_bias)(const Problem&, const int64_t (&bias_size)[4], const float* full, void* dbias, int64_t begin, int64_t end);

@@ -59,6 +59,12 @@ void run_typed(const Problem& p, const Plan& plan, int64_t k0, const float* pack
     if (p.bias) pack_rows(1, columns, static_cast<const T*>(p.bias) + n0, 0, 1.0f, y);
     else for (int64_t j = 0; j < width; j += kLanes) store(y + j, f32{});
     for (int64_t i = width; i < rows * width; i += kLanes) store(y + i, load(y + i - width));
+    if (p.added)
+      for (int64_t i = 0; i < rows; ++i)
+        for_vectors(columns, [&](int64_t j, const auto& get, const auto&, int) {
+          float* at = y + i * width + j;
+          store(at, load(at) + get(static_cast<const T*>(p.added) + (m0 + i) * p.N + n0 + j));
+        });
   }
   const float* w = packed + block * plan.slab * padded(plan.columns);
   for (int64_t k = k0; k < end; k += plan.depth, w += plan.depth * width) {

@@ -30,13 +30,15 @@ Tensor with_order(const Tensor& x) { return x.stride(1) == 1 || x.stride(0) == 1
 
 Matrix matrix(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
 
-void linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, const Tensor& y) {
+void linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, const std::optional<Tensor>& added_,
+            const Tensor& y) {
   if (y.numel() == 0) return;
   const Tensor x = with_order(x_), weight = with_order(weight_);
-  std::optional<Tensor> bias;
+  std::optional<Tensor> bias, added;
   if (bias_) bias = torch::stable::contiguous(*bias_);
+  if (added_) added = torch::stable::contiguous(*added_);
   const Problem p{type_of(y), x.size(0), weight.size(0), x.size(1), matrix(x), matrix(weight), bias ? bias->const_data_ptr() : nullptr,
-                  y.mutable_data_ptr()};
+                  added ? added->const_data_ptr() : nullptr, y.mutable_data_ptr()};
   const Plan plan = plan_of(p.M, p.N, std::max<int64_t>(1, p.K));
   const Kernels& kernels = pick_kernels();
   const int64_t width = kernels.padded(plan.columns);
@@ -52,5 +54,5 @@ void linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>
 }  // namespace
 }  // namespace fastdiff::linear
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) { m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y) -> ()"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) { m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? added, Tensor(a!) y) -> ()"); }
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CPU, m) { m.impl("linear", TORCH_BOX(&fastdiff::linear::linear)); }

@@ -1,4 +1,4 @@
-// y = x W^T with one order of addition, whatever the threads.
+// y = x W^T + bias + added, with one order of addition, whatever the threads.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,9 @@ struct Problem {
   Type type;
   int64_t M, N, K;
   Matrix x, weight;  // (M, K), (N, K)
-  const void* bias;  // (N,), or null
-  void* y;           // (M, N) contiguous
+  const void* bias;   // (N,), or null
+  const void* added;  // (M, N) contiguous, or null; may be y
+  void* y;            // (M, N) contiguous
 };
 
 // y in blocks of rows x columns, an item each. W is packed once for all of them, `slab` of its K columns at a time, and the sums over a

@@ -46,8 +46,9 @@ def _backward_outputs(dout, dlse, q, k, v, bias, key_lengths, out, out_low, lse,
     return _empty_heads(q), _empty_heads(k), _empty_heads(v), q.new_empty(bias.shape if bias_grad else (0,))
 
 
-def _cpu_plan(q, k, backward):
-    queries, rows, keys, chunk, query_block, key_block = native.op("cpu", "attention_plan")(*q.shape[:3], *k.shape[2:], backward)
+def _cpu_plan(q, k, v, backward):
+    width = max(q.shape[3], v.shape[3])
+    queries, rows, keys, chunk, query_block, key_block = native.op("cpu", "attention_plan")(*q.shape[:3], k.shape[2], width, backward)
     side = "neither side is split" if queries == keys == 1 else (
         f"queries in {queries} pieces of {rows}, keys in {keys} of {chunk}{', merged in order' if backward or keys > 1 else ''}")
     return f"{q.shape[0] * q.shape[1] * queries * keys} work items: {side}; scores in blocks of {query_block} x {key_block}"
@@ -57,7 +58,7 @@ ATTENTION = contract(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, bool causal, float? scale) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     outputs=_outputs, values=lambda q, k, v, bias, key_lengths, *_: lengths_within("attention", key_lengths, k.shape[2]),
-    reference=reference.attention, backends=(triton.FORWARD, cpu("attention", plan=lambda q, k, *_: _cpu_plan(q, k, False))),
+    reference=reference.attention, backends=(triton.FORWARD, cpu("attention", plan=lambda q, k, v, *_: _cpu_plan(q, k, v, False))),
     module=__name__, autocast=True,
     entries=("attention_eager", "attention_with_lse_eager"))
 BACKWARD = contract(
@@ -65,7 +66,7 @@ BACKWARD = contract(
     "Tensor out_low, Tensor lse, Tensor lse_low, bool causal, float? scale, bool bias_grad, bool partial) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     outputs=_backward_outputs, reference=reference.attention_backward, module=__name__,
-    backends=(triton.BACKWARD, cpu("attention_backward", plan=lambda dout, dlse, q, k, *_: _cpu_plan(q, k, True))))
+    backends=(triton.BACKWARD, cpu("attention_backward", plan=lambda dout, dlse, q, k, v, *_: _cpu_plan(q, k, v, True))))
 
 
 def _save(ctx, args, outs):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from ...core import native
 from ...core.backend import Backend
 from ...core.check import dims, fail, integers, lengths, lengths_within, pair, tensor
-from ...core.contract import contract, without_autocast
+from ...core.contract import contract, into, without_autocast
 from . import reference
 
 _TENSORS = ("target", "source", "q_weight", "k_weight", "v_weight", "out_weight", "q_bias", "k_bias", "v_bias", "out_bias", "target_norm_0",
@@ -22,12 +22,24 @@ def _check(op, args, key_lengths, heads, residual):
     for axis, name in (("A", "q_weight"), ("V", "v_weight")):
         if sizes[axis] % heads:
             fail(op, f"heads wants a divisor of {name}'s {sizes[axis]} rows, got {heads}")
-    if sizes["A"] != sizes["V"]:
-        fail(op, f"v_weight wants as many rows as q_weight, {sizes['A']}, got {tuple(named['v_weight'].shape)}")
     if residual and sizes["O"] != sizes["D"]:
         fail(op, f"out_weight wants O = D = {sizes['D']} rows for the residual, got {tuple(named['out_weight'].shape)}")
     lengths(op, key_lengths, named["target"])
     return sizes
+
+
+def _parts(n, width):
+    """Equal slices of a long side, of about CHUNK floats where a row has `width`."""
+    step = max(1, -(-n // max(1, min(n // 256, -(-n * width // CHUNK)))))
+    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
+
+def _kept(B, M, N, width):
+    """Rows of q, of k and v, and of what was attended that forward keeps for backward: all of a call of one part, which bounds them;
+    else of a short target what was attended, and the rest is computed again."""
+    if len(_parts(max(M, N), B * width)) <= 1:
+        return M, N, M
+    return 0, 0, M if M <= N else 0
 
 
 def _outputs(*args):
@@ -35,27 +47,22 @@ def _outputs(*args):
     sizes = _check("cross_attend", tensors, key_lengths, heads, residual)
     target = tensors[0]
     wide = torch.float64 if target.dtype is torch.float64 else torch.float32
-    kept = sizes["M"] if sizes["M"] <= sizes["N"] else 0
-    made = ((sizes["B"], kept, sizes["V"]), (sizes["B"], heads, kept), (sizes["B"], heads, kept))
-    return target.new_empty((sizes["B"], sizes["M"], sizes["O"])), *(target.new_empty(shape, dtype=wide) for shape in made)
+    B, A, V = (sizes[axis] for axis in "BAV")
+    q, kv, a = _kept(B, sizes["M"], sizes["N"], max(A, V))
+    made = ((B, q, A), (B, kv, A), (B, kv, V), (B, a, V), (B, heads, a), (B, heads, a))
+    return target.new_empty((B, sizes["M"], sizes["O"])), *(target.new_empty(shape, dtype=wide) for shape in made)
 
 
 def _backward_outputs(dout, *args):
-    *tensors, key_lengths, attended, lse, lse_low, heads, _, residual = args
+    *tensors, key_lengths, q, k, v, attended, lse, lse_low, heads, _, residual = args
     op = "cross_attend_backward"
     _check(op, tensors, key_lengths, heads, residual)
     dims(op, target=(tensors[0], "B M D"), dout=(dout, "B M O"))
-    dims(op, attended=(attended, "B K V"), lse=(lse, "B H K"), lse_low=(lse_low, "B H K"))
+    dims(op, q=(q, "B I A"), k=(k, "B J A"), v=(v, "B J V"), attended=(attended, "B K V"), lse=(lse, "B H K"), lse_low=(lse_low, "B H K"))
     return tuple(dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
 
 # On the CPU: by parts of the long side, so that its projections stay in cache and never stand in memory whole.
-
-def _parts(n, width):
-    """Equal slices of a long side, of about CHUNK floats where a row has `width`."""
-    step = max(1, -(-n // max(1, min(n // 256, -(-n * width // CHUNK)))))
-    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
-
 
 class _Layer:
     """The layer's parameters in float32, the pieces of its forward pass and of its gradient, and the gradients summed so far."""
@@ -64,32 +71,44 @@ class _Layer:
         wide = [None if x is None else x.float() for x in tensors[2:]]
         self.q, self.k, self.v, self.out = zip(wide[:4], wide[4:8], strict=True)
         self.norms, self.heads, self.eps = (wide[8:10], wide[10:12]), heads, eps
+        self.width = max(tensors[2].shape[0], tensors[4].shape[0])
         self.grads = {}
 
     def normed(self, x, which):
         gain, shift = self.norms[which]
         return x if gain is None else F.layer_norm(x, x.shape[-1:], gain, shift, self.eps)
 
-    def project(self, x, pair):
-        return torch.ops.fastdiff.linear(x.flatten(0, 1), *pair).view(*x.shape[:2], pair[0].shape[0])
+    def project(self, x, pair, added=None, out=None):
+        """x W^T + b + added; into `out` if it is given."""
+        args = x.flatten(0, 1), *pair, None if added is None else added.flatten(0, 1)
+        if out is not None and out.is_contiguous() and out.dtype == torch.float32:
+            into("linear", (out.view(-1, out.shape[-1]),), *args)
+            return out
+        y = torch.ops.fastdiff.linear(*args).view(*x.shape[:2], pair[0].shape[0])
+        return y if out is None else out.copy_(y)
 
     def split(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def attend(self, q, k, v, key_lengths):
-        """(attended (B, M, V), log-sum-exp in float64)."""
-        out, _, lse, low = torch.ops.fastdiff.attention(self.split(q), self.split(k), self.split(v), None, key_lengths, False, None)
-        return out.transpose(1, 2).flatten(2), lse.double() + low
+    def attend(self, q, k, v, key_lengths, out=None):
+        """(attended (B, M, V), log-sum-exp in two floats), into three tensors if they are given. As in attend_backward."""
+        if out is None:
+            rows = (q.shape[0], self.heads, q.shape[1])
+            out = q.new_empty((*q.shape[:2], v.shape[2])), q.new_empty(rows), q.new_empty(rows)
+        heads = self.split(out[0])
+        into("attention", (heads, heads[..., :0], *out[1:]), self.split(q), self.split(k), self.split(v), None, key_lengths, False, None)
+        return out
 
     def add(self, name, value):
         self.grads[name] = self.grads[name].add_(value) if name in self.grads else value
 
-    def project_backward(self, dy, x, pair, name):
-        flat = dy.flatten(0, 1)
-        self.add(f"{name}_weight", torch.ops.fastdiff.linear(flat.T, x.flatten(0, 1).T, None))
+    def project_backward(self, dy, x, pair, name, added=None):
+        """Gradient by x of a projection, + added; the parameters' are added to what there is."""
+        flat, weight = dy.flatten(0, 1), f"{name}_weight"
+        self.grads[weight] = torch.ops.fastdiff.linear(flat.T, x.flatten(0, 1).T, None, self.grads.get(weight))
         if pair[1] is not None and name in ("q", "out"):
             self.add(f"{name}_bias", flat.sum(0))
-        return torch.ops.fastdiff.linear(flat, pair[0].T, None).view(*dy.shape[:2], pair[0].shape[1])
+        return self.project(dy, (pair[0].T, None), added)
 
     def norm_backward(self, dy, x, which):
         gain, _ = self.norms[which]
@@ -106,12 +125,13 @@ class _Layer:
         if self.v[1] is not None:
             self.add("v_bias", (da if key_lengths is None else da * (key_lengths > 0).view(-1, 1, 1)).flatten(0, 1).sum(0))
 
-    def attend_backward(self, da, q, k, v, key_lengths, attended, lse, low, partial):
-        low_out = q.new_empty((q.shape[0], self.heads, q.shape[1], 0))
-        q, k, v, attended, da = map(self.split, (q, k, v, attended, da))
-        args = (da, None, q, k, v, None, key_lengths, attended, low_out, lse, low, False, None, False, partial)
-        grads = torch.ops.fastdiff.attention_backward(*args)
-        return (g.transpose(1, 2).flatten(2) for g in grads[:3])
+    def attend_backward(self, da, q, k, v, key_lengths, attended, lse, lse_low, partial):
+        """(dq, dk, dv). Not through attention's contract: v may have a width of its own."""
+        outs = [torch.empty_like(x) for x in (q, k, v)]
+        heads = [self.split(x) for x in (da, q, k, v, attended)]
+        into("attention_backward", (*map(self.split, outs), q.new_empty(0)), heads[0], None, *heads[1:4], None, key_lengths, heads[4],
+             heads[4][..., :0], lse, lse_low, False, None, False, partial)
+        return outs
 
 
 def _two_floats(x):
@@ -125,79 +145,87 @@ def _lengths(key_lengths, part):
 
 def _run(args, outs):
     *tensors, key_lengths, heads, eps, residual = args
-    out, attended, lse, lse_low = outs
+    out, *kept = outs
     target, source, layer = tensors[0], tensors[1], _Layer(tensors, heads, eps)
-    B, M, N, A = *target.shape[:2], source.shape[1], tensors[2].shape[0]
+    B, M, N, width = *target.shape[:2], source.shape[1], layer.width
     if not B * M:
         return
+    whole = len(_parts(max(M, N), B * width)) <= 1
 
     def finish(part, a):
-        y = layer.project(a, layer.out)
-        out[:, part] = y.add_(target[:, part].float()) if residual else y
+        layer.project(a, layer.out, target[:, part].float() if residual else None, out[:, part])
 
-    if M <= N:
-        q = layer.project(layer.normed(target.float(), 0), layer.q)
-        a, top = torch.zeros_like(q), q.new_full((B, heads, M), -torch.inf, dtype=torch.float64)
-        for part in _parts(N, B * A):
-            x = layer.normed(source[:, part].float(), 1)
-            a_part, top_part = layer.attend(q, layer.project(x, layer.k), layer.project(x, layer.v), _lengths(key_lengths, part))
-            both = torch.logaddexp(top, top_part)
-            weights = ((t - both.masked_fill(both == -torch.inf, 0.0)).exp().float().transpose(1, 2).unsqueeze(-1) for t in (top, top_part))
-            a = sum(w * x.unflatten(-1, (heads, -1)) for w, x in zip(weights, (a, a_part), strict=True)).flatten(2)
-            top = both
-        for kept, value in zip((attended, lse, lse_low), (a, *_two_floats(top)), strict=True):
-            kept.copy_(value)
-        finish(slice(0, M), a)
-    else:
+    if whole or M > N:
+        into_q, into_k, into_v, *into_a = kept if whole else (None,) * 3
         x = layer.normed(source.float(), 1)
-        k, v = layer.project(x, layer.k), layer.project(x, layer.v)
-        for part in _parts(M, B * A):
-            q = layer.project(layer.normed(target[:, part].float(), 0), layer.q)
-            finish(part, layer.attend(q, k, v, key_lengths)[0])
+        k, v = layer.project(x, layer.k, out=into_k), layer.project(x, layer.v, out=into_v)
+        for part in _parts(M, B * width):
+            q = layer.project(layer.normed(target[:, part].float(), 0), layer.q, out=into_q)
+            finish(part, layer.attend(q, k, v, key_lengths, into_a or None)[0])
+        return
+    q = layer.project(layer.normed(target.float(), 0), layer.q)
+    a, top = q.new_zeros((B, M, layer.v[0].shape[0])), q.new_full((B, heads, M), -torch.inf, dtype=torch.float64)
+    for part in _parts(N, B * width):
+        x = layer.normed(source[:, part].float(), 1)
+        a_part, *top_part = layer.attend(q, layer.project(x, layer.k), layer.project(x, layer.v), _lengths(key_lengths, part))
+        top_part = top_part[0].double() + top_part[1]
+        both = torch.logaddexp(top, top_part)
+        weights = ((t - both.masked_fill(both == -torch.inf, 0.0)).exp().float().transpose(1, 2).unsqueeze(-1) for t in (top, top_part))
+        a = sum(w * x.unflatten(-1, (heads, -1)) for w, x in zip(weights, (a, a_part), strict=True)).flatten(2)
+        top = both
+    for keep, value in zip(kept[3:], (a, *_two_floats(top)), strict=True):
+        keep.copy_(value)
+    finish(slice(0, M), a)
 
 
 def _run_backward(args, outs):
-    dout, *tensors, key_lengths, attended, lse, lse_low, heads, eps, residual = args
+    dout, *tensors, key_lengths, q, k, v, attended, lse, lse_low, heads, eps, residual = args
     target, source, layer = tensors[0], tensors[1], _Layer(tensors, heads, eps)
-    B, M, N, A = *target.shape[:2], source.shape[1], tensors[2].shape[0]
-    for grad in outs:
+    B, M, N, width = *target.shape[:2], source.shape[1], layer.width
+    for grad in outs[2:]:
         grad.zero_()
+    dtarget, dsource = outs[:2]
+    if not B * M * N:
+        dsource.zero_()
     if not B * M:
         return
-    dtarget, dsource = outs[:2]
 
     def finish_target(part, dq, z):
         d = layer.norm_backward(layer.project_backward(dq, z, layer.q, "q"), target[:, part].float(), 0)
-        dtarget[:, part] = d + dout[:, part].float() if residual else d
+        if residual:
+            torch.add(d, dout[:, part], out=dtarget[:, part])
+        else:
+            dtarget[:, part] = d
 
     def finish_source(part, dk, dv, x):
-        d = layer.project_backward(dk, x, layer.k, "k") + layer.project_backward(dv, x, layer.v, "v")
+        d = layer.project_backward(dk, x, layer.k, "k", layer.project_backward(dv, x, layer.v, "v"))
         dsource[:, part] = layer.norm_backward(d, source[:, part].float(), 1)
 
-    if M <= N:
+    whole = q.shape[1] == M and k.shape[1] == N
+    if whole or M <= N:
         z = layer.normed(target.float(), 0)
-        q = layer.project(z, layer.q)
-        da, dq = layer.project_backward(dout.float(), attended, layer.out, "out"), torch.zeros_like(q)
-        layer.bias_backward(da, key_lengths)
-        parts = _parts(N, B * A)
+        q = q if whole else layer.project(z, layer.q)
+        da, dq = layer.project_backward(dout.float(), attended, layer.out, "out"), None
+        layer.bias_backward(da if N else 0 * da, key_lengths)
+        parts = [slice(0, N)] if whole else _parts(N, B * width)
         for part in parts:
             x = layer.normed(source[:, part].float(), 1)
-            k, v = layer.project(x, layer.k), layer.project(x, layer.v)
+            k, v = (k, v) if whole else (layer.project(x, layer.k), layer.project(x, layer.v))
             dq_part, dk, dv = layer.attend_backward(da, q, k, v, _lengths(key_lengths, part), attended, lse, lse_low, len(parts) > 1)
-            dq += dq_part
+            dq = dq_part if dq is None else dq.add_(dq_part)
             finish_source(part, dk, dv, x)
         finish_target(slice(0, M), dq, z)
     else:
         x = layer.normed(source.float(), 1)
         k, v = layer.project(x, layer.k), layer.project(x, layer.v)
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        for part in _parts(M, B * A):
+        for part in _parts(M, B * width):
             z = layer.normed(target[:, part].float(), 0)
             q = layer.project(z, layer.q)
-            a, top = layer.attend(q, k, v, key_lengths)
+            a, lse, lse_low = layer.attend(q, k, v, key_lengths)
             da = layer.project_backward(dout[:, part].float(), a, layer.out, "out")
             layer.bias_backward(da if N else 0 * da, key_lengths)
-            dq, dk_part, dv_part = layer.attend_backward(da, q, k, v, key_lengths, a, *_two_floats(top), False)
+            dq, dk_part, dv_part = layer.attend_backward(da, q, k, v, key_lengths, a, lse, lse_low, False)
             dk += dk_part
             dv += dv_part
             finish_target(part, dq, z)
@@ -212,10 +240,12 @@ def _refuse(x, *_):
     return "computes in float32, the tensors are float64" if x.dtype == torch.float64 else None
 
 
-def _plan(target, source, q_weight, *_):
-    B, M, N, A = *target.shape[:2], source.shape[1], q_weight.shape[0]
+def _plan(target, source, q_weight, k_weight, v_weight, *_):
+    B, M, N, width = *target.shape[:2], source.shape[1], max(q_weight.shape[0], v_weight.shape[0])
     side, n = ("source", N) if M <= N else ("target", M)
-    kind, count = "read" if M <= N else "write", len(_parts(n, B * A))
+    kind, count = "read" if M <= N else "write", len(_parts(n, B * width))
+    if count <= 1:
+        return f"{kind}: in one part, whose projections are kept for backward"
     return f"{kind}: the {side}'s {n} rows in {count} parts, each one's projections in cache and then forgotten"
 
 
@@ -224,11 +254,17 @@ def _cpu(run, plan=None):
     return Backend("cpu", ("cpu",), run, None, _refuse, why and f"native library: {why}", plan)
 
 
-CROSS = contract(f"cross_attend({_SCHEMA}, int heads, float eps, bool residual) -> (Tensor, Tensor, Tensor, Tensor)", outputs=_outputs,
+def _reference(*args):
+    """The meaning; it keeps nothing for backward."""
+    return reference.cross_attend(*args), *(torch.zeros_like(x) for x in _outputs(*args)[1:])
+
+
+CROSS = contract(f"cross_attend({_SCHEMA}, int heads, float eps, bool residual) -> ({', '.join(['Tensor'] * 7)})", outputs=_outputs,
                  values=lambda *args: lengths_within("cross_attend", args[14], args[1].shape[1]),
-                 reference=reference.cross_attend, backends=(_cpu(_run, _plan),), module=__name__)
+                 reference=_reference, backends=(_cpu(_run, _plan),), module=__name__)
 BACKWARD = contract(
-    f"cross_attend_backward(Tensor dout, {_SCHEMA}, Tensor attended, Tensor lse, Tensor lse_low, int heads, float eps, bool residual) -> "
+    f"cross_attend_backward(Tensor dout, {_SCHEMA}, Tensor q, Tensor k, Tensor v, Tensor attended, Tensor lse, Tensor lse_low, int heads, "
+    f"float eps, bool residual) -> "
     f"({', '.join(['Tensor'] * len(_TENSORS))})", outputs=_backward_outputs, reference=reference.cross_attend_backward,
     backends=(_cpu(_run_backward),), module=__name__)
 
@@ -266,8 +302,8 @@ def cross_attend(target, source, q_weight, k_weight, v_weight, out_weight, *, he
                  target_norm=None, source_norm=None, eps=1e-6, residual=True, key_lengths=None):
     """target + W_o attention(W_q LN(target), W_k LN(source), W_v LN(source)), without the residual if it is False.
 
-    Shapes   target (B, M, D), source (B, N, C); weights as in nn.Linear: q (A, D), k (A, C), v (A, C), out (O, A), heads divides A ->
-             (B, M, O), O = D with the residual; key_lengths (B,) int64 in [0, N] hides source rows from there on
+    Shapes   target (B, M, D), source (B, N, C); weights as in nn.Linear: q (A, D), k (A, C), v (V, C), out (O, V), heads divides A and
+             V -> (B, M, O), O = D with the residual; key_lengths (B,) int64 in [0, N] hides source rows from there on
     Options  *_norm = (weight, bias) of a LayerNorm, or None. A read has M <= N (Perceiver, RIN: latents from tokens), a write M > N
     Dtypes   float32, float16, bfloat16, float64; all equal; computed in float32 (float64 in the reference)
     Grads    target, source, weights, biases, norms; first order by parts, computed again; higher orders and forward mode by the reference

@@ -8,20 +8,20 @@ import torch.nn.functional as F
 from ...core.case import Array, Case, Dim, Integers, OneOf
 
 
-def _arguments(B, M, N, D, C, O, heads, width, norm, bias, lengths, residual):
-    A, O = heads * width, D if residual else O
+def _arguments(B, M, N, D, C, O, heads, width, value_width, norm, bias, lengths, residual):
+    A, V, O = heads * width, heads * (value_width or width), D if residual else O
     weight = lambda rows, columns: Array((rows, columns), scale=columns**-0.5)
     vector = lambda n, wanted=bias: Array((n,)) if wanted else None
     return dict(
-        target=Array((B, M, D)), source=Array((B, N, C)), q_weight=weight(A, D), k_weight=weight(A, C), v_weight=weight(A, C),
-        out_weight=weight(O, A), heads=heads, q_bias=vector(A), k_bias=vector(A), v_bias=vector(A), out_bias=vector(O), eps=1e-5,
+        target=Array((B, M, D)), source=Array((B, N, C)), q_weight=weight(A, D), k_weight=weight(A, C), v_weight=weight(V, C),
+        out_weight=weight(O, V), heads=heads, q_bias=vector(A), k_bias=vector(A), v_bias=vector(V), out_bias=vector(O), eps=1e-5,
         residual=residual, key_lengths=Integers((B,), 0, N) if lengths else None,
         **{f"{name}_norm_{i}": vector(n, norm) for name, n in (("target", D), ("source", C)) for i in range(2)})
 
 
 def _flops(target, source, q_weight, k_weight, v_weight, out_weight, **_):
-    B, M, N, A = *target.shape[:2], source.shape[1], q_weight.shape[0]
-    return 2 * B * (M * (prod(q_weight.shape) + prod(out_weight.shape)) + N * (prod(k_weight.shape) + prod(v_weight.shape)) + 2 * M * N * A)
+    B, M, N, width = *target.shape[:2], source.shape[1], q_weight.shape[0] + v_weight.shape[0]
+    return 2 * B * (M * (prod(q_weight.shape) + prod(out_weight.shape)) + N * (prod(k_weight.shape) + prod(v_weight.shape)) + M * N * width)
 
 
 def _bytes(size, target, source, q_weight, k_weight, v_weight, out_weight, **_):
@@ -48,10 +48,11 @@ def _fused(target, source, q_weight, k_weight, v_weight, out_weight, *, heads, q
 
 CASES = {"cross_attend": Case(
     dims=dict(B=Dim(0, 2), M=Dim(0, 70), N=Dim(0, 70), D=Dim(1, 24), C=Dim(1, 24), O=Dim(1, 24), heads=OneOf(1, 2), width=Dim(1, 12),
-              norm=OneOf(False, True), bias=OneOf(False, True), lengths=OneOf(False, True), residual=OneOf(True, False)),
+              value_width=OneOf(None), norm=OneOf(False, True), bias=OneOf(False, True), lengths=OneOf(False, True),
+              residual=OneOf(True, False)),
     arguments=_arguments, flops=_flops, bytes=_bytes, batched=("target", "source", "key_lengths"),
     gather=("target_norm", "source_norm"), backward_flops=2.5, fused=_fused,
     bench={"RIN-256 read": _row(256, 1024, 768, 512, 16, 32), "RIN-256 write": _row(1024, 256, 512, 768, 16, 32, norm=True),
            "RIN-1024 read": _row(256, 16384, 768, 512, 16, 32), "RIN-1024 write": _row(16384, 256, 512, 768, 16, 32, norm=True),
            "RIN video read": _row(256, 2048, 1024, 512, 16, 32), "RIN video write": _row(2048, 256, 512, 1024, 16, 32, norm=True),
-           "Perceiver IO text": _row(256, 2048, 1280, 768, 8, 32, norm=True)})}
+           "Perceiver IO text": _row(256, 2048, 1280, 768, 8, 32, norm=True, value_width=160)})}

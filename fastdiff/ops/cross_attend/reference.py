@@ -19,15 +19,11 @@ def _forward(target, source, weights, biases, norms, key_lengths, heads, eps):
 
 def cross_attend(target, source, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias, target_norm_0, target_norm_1,
                  source_norm_0, source_norm_1, key_lengths, heads, eps, residual):
-    """(out, attended, lse, lse_low); the last three are what a kernel may keep for its backward, here nothing."""
+    """The result."""
     norms = ((target_norm_0, target_norm_1), (source_norm_0, source_norm_1))
     *_, attended = _forward(target, source, (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), norms, key_lengths, heads, eps)
     out = F.linear(attended, out_weight, out_bias)
-    B, M = target.shape[:2]
-    wide = target.dtype if target.dtype == torch.float64 else torch.float32
-    kept = M if M <= source.shape[1] else 0
-    nothing = (target.new_zeros(shape, dtype=wide) for shape in ((B, kept, v_weight.shape[0]), (B, heads, kept), (B, heads, kept)))
-    return target + out if residual else out, *nothing
+    return target + out if residual else out
 
 
 def _norm_backward(dy, x, gain, eps):
@@ -48,10 +44,16 @@ def _linear_backward(dy, x, weight, bias):
 
 
 def cross_attend_backward(dout, target, source, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias, target_norm_0,
-                          target_norm_1, source_norm_0, source_norm_1, key_lengths, attended, lse, lse_low, heads, eps, residual):
-    """Gradients of the fourteen arguments before key_lengths; empty for those that are None."""
-    norms = ((target_norm_0, target_norm_1), (source_norm_0, source_norm_1))
-    z, x, q, k, v, p, a = _forward(target, source, (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), norms, key_lengths, heads, eps)
+                          target_norm_1, source_norm_0, source_norm_1, key_lengths, q_kept, k_kept, v_kept, attended, lse, lse_low, heads,
+                          eps, residual):
+    """Gradients of the fourteen arguments before key_lengths; empty for those that are None. In float32 for half precision, whose range
+    the products of this order of operations may leave."""
+    dtype, tensors = target.dtype, (dout, target, source, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias,
+                                    target_norm_0, target_norm_1, source_norm_0, source_norm_1)
+    dout, target, source, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias, *norms = (
+        x if x is None or dtype == torch.float64 else x.float() for x in tensors)
+    weights, biases, norms = (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), (norms[:2], norms[2:])
+    z, x, q, k, v, p, a = _forward(target, source, weights, biases, norms, key_lengths, heads, eps)
     join = lambda t: t.transpose(1, 2).flatten(2)
     da, dwo, dbo = _linear_backward(dout, a, out_weight, out_bias)
     da = da.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -60,7 +62,7 @@ def cross_attend_backward(dout, target, source, q_weight, k_weight, v_weight, ou
     dz, dwq, dbq = _linear_backward(join(ds @ k), z, q_weight, q_bias)
     dxk, dwk, dbk = _linear_backward(join(ds.transpose(-1, -2) @ q), x, k_weight, k_bias)
     dxv, dwv, dbv = _linear_backward(join(p.transpose(-1, -2) @ da), x, v_weight, v_bias)
-    dtarget, dgain, dshift = _norm_backward(dz, target, target_norm_0, eps)
-    dsource, dgain_s, dshift_s = _norm_backward(dxk + dxv, source, source_norm_0, eps)
+    dtarget, dgain, dshift = _norm_backward(dz, target, norms[0][0], eps)
+    dsource, dgain_s, dshift_s = _norm_backward(dxk + dxv, source, norms[1][0], eps)
     grads = (dtarget + dout if residual else dtarget, dsource, dwq, dwk, dwv, dwo, dbq, dbk, dbv, dbo, dgain, dshift, dgain_s, dshift_s)
-    return tuple(target.new_empty(0) if g is None else g for g in grads)
+    return tuple(target.new_empty(0, dtype=dtype) if g is None else g.to(dtype) for g in grads)

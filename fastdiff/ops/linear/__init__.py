@@ -8,38 +8,40 @@ from ...core.contract import contract
 from . import reference
 
 
-def _outputs(x, weight, bias):
-    sizes = dims("linear", x=(x, "M K"), weight=(weight, "N K"), bias=(bias, "N"))
+def _outputs(x, weight, bias, added):
+    sizes = dims("linear", x=(x, "M K"), weight=(weight, "N K"), bias=(bias, "N"), added=(added, "M N"))
     return x.new_empty((sizes["M"], sizes["N"]))
 
 
-LINEAR = contract("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", outputs=_outputs, reference=reference.linear, module=__name__, autocast=True,
+LINEAR = contract("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? added) -> Tensor", outputs=_outputs, reference=reference.linear,
+                  module=__name__, autocast=True,
                   backends=(cpu("linear", plan=lambda *_: "register tiles over packed weights, one order of addition"),))
 
 
 def _backward(ctx, dy):
     if dy is None:
-        return None, None, None
-    x, weight, _ = ctx.saved_tensors
-    wants = ctx.wants
-    return (LINEAR(dy, weight.T, None) if wants[0] else None, LINEAR(dy.T, x.T, None) if wants[1] else None, dy.sum(0) if wants[2] else None)
+        return (None,) * 4
+    (x, weight, *_), wants = ctx.saved_tensors, ctx.wants
+    return (LINEAR(dy, weight.T, None, None) if wants[0] else None, LINEAR(dy.T, x.T, None, None) if wants[1] else None,
+            dy.sum(0) if wants[2] else None, dy if wants[3] else None)
 
 
-def _jvp(ctx, dx, dweight, dbias):
-    x, weight, _ = ctx.saved_tensors
-    parts = [LINEAR(a, b, None) for a, b in ((dx, weight), (x, dweight)) if a is not None and b is not None]
+def _jvp(ctx, dx, dweight, dbias, dadded):
+    x, weight, *_ = ctx.saved_tensors
+    parts = [LINEAR(a, b, None, None) for a, b in ((dx, weight), (x, dweight)) if a is not None and b is not None]
     parts += [] if dbias is None else [dbias.repeat(x.shape[0], 1)]
+    parts += [] if dadded is None else [dadded.clone()]
     return sum(parts[1:], parts[0])
 
 
 LINEAR.autograd(save=lambda ctx, args, outs: args, backward=_backward, jvp=_jvp)
 
 
-def _vmap(info, in_dims, x, weight, bias):
-    if in_dims[1] is None and in_dims[2] is None:
+def _vmap(info, in_dims, x, weight, bias, added):
+    if in_dims[1:] == (None, None, None) and added is None:
         x = x.movedim(in_dims[0], 0)
-        return LINEAR(x.flatten(0, 1), weight, bias).unflatten(0, x.shape[:2]), 0
-    each = ((y,) * info.batch_size if d is None else y.unbind(d) for y, d in zip((x, weight, bias), in_dims, strict=True))
+        return LINEAR(x.flatten(0, 1), weight, bias, None).unflatten(0, x.shape[:2]), 0
+    each = ((y,) * info.batch_size if d is None else y.unbind(d) for y, d in zip((x, weight, bias, added), in_dims, strict=True))
     return torch.stack([LINEAR(*args) for args in zip(*each, strict=True)]), 0
 
 
@@ -57,5 +59,5 @@ def linear(x, weight, bias=None):
     """
     if tensor("linear", "x", x).dim() == 0:
         fail("linear", "x wants at least one dimension, got a scalar")
-    y = LINEAR(x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0), weight, bias)
+    y = LINEAR(x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0), weight, bias, None)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
