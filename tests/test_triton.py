@@ -20,7 +20,7 @@ from fastdiff.core.jit import INTERPRET, power_of_two
 from fastdiff.testing import Example, properties, subjects
 
 triton = pytest.importorskip("triton")
-ATTENTION = importlib.import_module("fastdiff.ops.attention.triton")
+ATTENTION, GRID = (importlib.import_module(f"fastdiff.ops.{name}.triton") for name in ("attention", "fourier_cross_attend"))
 interpreter = pytest.mark.skipif(not INTERPRET, reason="runs in the process of test_interpreter")
 compiler = pytest.mark.skipif(bool(INTERPRET), reason="the interpreter compiles nothing")
 
@@ -126,6 +126,37 @@ def test_merge(sizes, dtype, layout, mask):
     properties.written(SUBJECTS["merge_attention"], example)
 
 
+GRIDS = [dict(M=20, C=3, grid=(9, 33)), dict(M=40, C=1, heads=2, grid=(2, 3, 4), bias=True, residual=False), dict(B=2, C=5, grid=(1, 1)),
+         dict(M=130, C=3, grid=(3, 18), norm=True), dict(C=GRID.LARGEST, grid=(4, 5), norm=True), dict(B=0, grid=(3, 18))]
+
+
+@interpreter
+@pytest.mark.parametrize("dims", GRIDS)
+@pytest.mark.parametrize(("dtype", "layout"), [DRESSED[0], DRESSED[1]])
+def test_grid(dims, dtype, layout):
+    example = _example("fourier_cross_attend", dtype, layout, **dict(B=1, M=3, D=8, O=8, width=5, bands=3) | dims)
+    properties.gradients(SUBJECTS["fourier_cross_attend"], example)
+    properties.written(SUBJECTS["fourier_cross_attend"], example)
+
+
+@interpreter
+@pytest.mark.parametrize("values", [{"image": "one dominant"}, {"image": "offset 1e3"}, {"q_weight": "one dominant"}])
+def test_grid_values(values):
+    """Rows and queries are shared by programs (the first size above), and a score is far from the others."""
+    example = _example("fourier_cross_attend", torch.float32, "offset", values, D=8, O=8, width=5, bands=3, M=40, C=3, grid=(17, 33), B=1)
+    q = torch.empty(1, 1, 40, 3)
+    assert GRID._blocks(q, torch.empty(1, 1, 40, 17), torch.empty(1, 1, 40, 33))[2] > 1
+    properties.gradients(SUBJECTS["fourier_cross_attend"], example)
+
+
+@interpreter
+@pytest.mark.parametrize(("dtype", "layout"), DRESSED)
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (3, 5, 0), (1, 1, 1), (129, 70, 150)])
+def test_linear(sizes, dtype, layout):
+    for strides in (layout, "transposed", "expanded"):
+        properties.gradients(SUBJECTS["linear"], _example("linear", dtype, strides, **dict(zip("MNK", sizes, strict=True))))
+
+
 # Compiled
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program can have, by architecture
@@ -200,6 +231,14 @@ def _calls(dtype):
     part = (made(2, 4, 256, 64), torch.empty(2, 4, 256))
     yield REGISTRY["merge_attention"], (*part, *part)
     yield REGISTRY["merge_attention_backward"], (*part, *part, *part)
+    yield REGISTRY["linear"], (made(512, 1024), made(256, 1024))
+    yield REGISTRY["linear"], (made(1024, 512).T, made(1024, 261).T)
+    if dtype == torch.float32:
+        for M, K in ((512, 3), (512, 4), (256, GRID.LARGEST), (20, 1)):
+            rows, columns, planes, lse = made(1, 2, M, 224), made(1, 2, M, 64), made(1, K + 1, 224, 64), made(1, 2, M)
+            grid = (made(1, 2, M, K), rows, columns)
+            yield REGISTRY["grid_attention"], (*grid, planes)
+            yield REGISTRY["grid_attention_backward"], (*grid, *grid, planes, *grid, lse, lse, True)
     for order in ("pqc", "cpq"):
         yield REGISTRY["patchify"], (made(2, 3, 64, 64), [8, 8], order)
         yield REGISTRY["unpatchify"], (made(2, 64, 192), [8, 8], [8, 8], order)

@@ -7,7 +7,7 @@ import torch
 from ...core import device
 from ...core.backend import triton
 from ...core.jit import OPTIONS, aligned, cdiv, dot, jit, load_tile, narrow, padded, power_of_two, store_tile, tl, unit_of
-from ...core.launch import pick
+from ...core.launch import pick, shares
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -38,8 +38,6 @@ LAUNCH = {
         4: _table((0, {128: (32, 32, 8, 2), None: (16, 16, 8, 1)})),
     },
 }
-# Rows of (programs that fill the chip: its multiprocessors; least blocks a program loops over when it shares a loop). 0: the interpreter.
-SHARE = ((100, None, (148, 4)), (90, None, (132, 4)), (1, None, (108, 4)), (0, None, (16, 2)))
 MERGE = dict(elements=1024, num_warps=4)
 STATISTICS = dict(ROWS=16, num_warps=4)
 
@@ -452,18 +450,6 @@ def _settings(what, q):
     return chosen
 
 
-def _shares(q, tiles, length, block):
-    """(splits, per): a loop over `length` is shared by `splits` programs, `per` each, where `tiles` programs would leave the chip idle.
-
-    A matter of sizes and architecture alone, so that the bits are too.
-    """
-    programs, least = pick(SHARE, device.architecture(q.device), tiles)
-    steps = cdiv(length, block)
-    splits = 1 if tiles >= programs else max(1, min(cdiv(2 * programs, max(tiles, 1)), steps // least))
-    per = max(1, cdiv(steps, splits)) * block
-    return max(1, cdiv(length, per)), per
-
-
 def _parts(y, splits):
     """Where `splits` programs write their parts of y: y itself for one, fp32 memory for more; (splits, B, H, rows, E)."""
     return y.unsqueeze(0) if splits == 1 else y.new_empty((splits, *y.shape), dtype=torch.float32)
@@ -499,7 +485,7 @@ def _scales(E, scale, natural):
 def _forward_plan(q, N):
     B, H, M, _ = q.shape
     chosen = _settings("forward", q)
-    return chosen, *_shares(q, B * H * cdiv(M, chosen["BLOCK_M"]), N, chosen["BLOCK_N"])
+    return chosen, *shares(device.architecture(q.device), B * H * cdiv(M, chosen["BLOCK_M"]), N, chosen["BLOCK_N"])
 
 
 def _run_forward(args, outs):
@@ -530,8 +516,8 @@ def _backward_plan(q, N):
     """Settings, splits and share of the query gradients, then those of the key gradients."""
     B, H, M, _ = q.shape
     by_query, by_key = _settings("query gradients", q), _settings("key gradients", q)
-    return ((by_query, *_shares(q, B * H * cdiv(M, by_query["BLOCK_M"]), N, by_query["BLOCK_N"])),
-            (by_key, *_shares(q, B * H * cdiv(N, by_key["BLOCK_N"]), M, by_key["BLOCK_M"])))
+    return ((by_query, *shares(device.architecture(q.device), B * H * cdiv(M, by_query["BLOCK_M"]), N, by_query["BLOCK_N"])),
+            (by_key, *shares(device.architecture(q.device), B * H * cdiv(N, by_key["BLOCK_N"]), M, by_key["BLOCK_M"])))
 
 
 def _run_backward(args, outs):
