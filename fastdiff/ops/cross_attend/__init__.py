@@ -1,19 +1,21 @@
 """A cross-attention layer as one op: reads of few queries over a long source, writes of many targets from a short one."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-from ...core import native
-from ...core.backend import Backend
+from ...core import backend, native
 from ...core.check import dims, fail, integers, lengths, lengths_within, pair, tensor
 from ...core.contract import contract, without_autocast
-from . import reference
+from ...core.softmax import LOW
+from . import reference, triton
 
 _TENSORS = ("target", "source", "q_weight", "k_weight", "v_weight", "out_weight", "q_bias", "k_bias", "v_bias", "out_bias", "target_norm_0",
             "target_norm_1", "source_norm_0", "source_norm_1")
 _LAYOUTS = dict(zip(_TENSORS, ("B M D", "B N C", "A D", "A C", "V C", "O V", "A", "A", "V", "O", "D", "D", "C", "C"), strict=True))
 _SCHEMA = ", ".join(f"Tensor{'?' if i > 5 else ''} {name}" for i, name in enumerate(_TENSORS)) + ", Tensor? key_lengths"
-CHUNK = 1 << 20  # floats of one projection of a part of the long side: two of them stay in a last-level cache
 
 
 def _check(op, args, key_lengths, heads, residual):
@@ -49,53 +51,74 @@ def _backward_outputs(dout, *args):
     return tuple(dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
 
-# On the CPU: by parts of the long side, so that its projections stay in cache and never stand in memory whole.
+# By parts of the long side, whose projections never stand in memory whole.
 
-def _parts(n, width):
-    """Equal slices of a long side, of about CHUNK floats where a row has `width`."""
-    step = max(1, -(-n // max(1, min(n // 256, -(-n * width // CHUNK)))))
+def _linear(x, weight, bias=None):
+    y = torch.ops.fastdiff.linear(x, weight)
+    return y if bias is None else y.add_(bias)
+
+
+class _Means(NamedTuple):
+    """What the parts are computed with: a linear layer's product, numbers in one projection of a part, dtypes that are not float32."""
+
+    linear: Callable
+    chunk: int
+    narrow: tuple
+
+
+# On a CPU two projections stay in a last-level cache. On a GPU a part fills the chip, and bfloat16 is rounded between products, as
+# PyTorch's own layers do; float16 would lack the range where only what stands between is large.
+_CPU, _GPU = _Means(_linear, 1 << 20, ()), _Means(F.linear, 1 << 26, (torch.bfloat16,))
+
+
+def _parts(n, width, means):
+    """Equal slices of a long side, of about means.chunk numbers where a row has `width`."""
+    step = max(1, -(-n // max(1, min(n // 256, -(-n * width // means.chunk)))))
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
 class _Layer:
-    """The layer's parameters in float32, the pieces of its forward pass and of its gradient, and the gradients summed so far."""
+    """The layer's parameters, the pieces of its forward pass and of its gradient, and the gradients summed so far, in float32."""
 
-    def __init__(self, tensors, heads, eps):
-        wide = [None if x is None else x.float() for x in tensors[2:]]
-        self.q, self.k, self.v, self.out = zip(wide[:4], wide[4:8], strict=True)
-        self.norms, self.heads, self.eps = (wide[8:10], wide[10:12]), heads, eps
+    def __init__(self, tensors, heads, eps, means):
+        self.dtype = tensors[0].dtype if tensors[0].dtype in means.narrow else torch.float32
+        cast = [None if x is None else x.to(self.dtype) for x in tensors[2:]]
+        self.q, self.k, self.v, self.out = zip(cast[:4], cast[4:8], strict=True)
+        self.norms, self.heads, self.eps, self.linear = (cast[8:10], cast[10:12]), heads, eps, means.linear
         self.grads = {}
 
     def normed(self, x, which):
-        gain, shift = self.norms[which]
+        x, (gain, shift) = x.to(self.dtype), self.norms[which]
         return x if gain is None else F.layer_norm(x, x.shape[-1:], gain, shift, self.eps)
 
     def project(self, x, pair):
-        y = torch.ops.fastdiff.linear(x.flatten(0, 1), pair[0])
-        return (y if pair[1] is None else y.add_(pair[1])).view(*x.shape[:2], y.shape[1])
+        return self.linear(x.to(self.dtype).flatten(0, 1), *pair).view(*x.shape[:2], pair[0].shape[0])
 
     def split(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def attend(self, q, k, v, key_lengths):
-        """(attended (B, M, V), log-sum-exp in float64)."""
-        out, _, lse, low = torch.ops.fastdiff.attention(self.split(q), self.split(k), self.split(v), None, key_lengths, False, None)
+        """(attended (B, M, V) in float32, log-sum-exp in float64)."""
+        out, out_low, lse, low = torch.ops.fastdiff.attention(self.split(q), self.split(k), self.split(v), None, key_lengths, False, None)
+        out = out.float() if not out_low.numel() else out.float() + out_low.float() / LOW.value
         return out.transpose(1, 2).flatten(2), lse.double() + low
 
     def add(self, name, value):
-        self.grads[name] = self.grads[name].add_(value) if name in self.grads else value
+        self.grads[name] = self.grads[name].add_(value) if name in self.grads else value.float()
 
     def project_backward(self, dy, x, pair, name):
-        flat = dy.flatten(0, 1)
-        self.add(f"{name}_weight", torch.ops.fastdiff.linear(flat.T, x.flatten(0, 1).T))
+        flat = dy.to(self.dtype).flatten(0, 1)
+        self.add(f"{name}_weight", self.linear(flat.T, x.to(self.dtype).flatten(0, 1).T))
         if pair[1] is not None and name in ("q", "out"):
-            self.add(f"{name}_bias", flat.sum(0))
-        return torch.ops.fastdiff.linear(flat, pair[0].T).view(*dy.shape[:2], pair[0].shape[1])
+            self.add(f"{name}_bias", flat.float().sum(0))
+        return self.linear(flat, pair[0].T).view(*dy.shape[:2], pair[0].shape[1])
 
     def norm_backward(self, dy, x, which):
+        """In float32."""
         gain, _ = self.norms[which]
         if gain is None:
             return dy
+        x, gain = x.float(), gain.float()
         name = ("target_norm", "source_norm")[which]
         hat, mean, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, self.eps)
         self.add(f"{name}_0", (dy * hat).flatten(0, 1).sum(0))
@@ -105,14 +128,15 @@ class _Layer:
     def bias_backward(self, da, key_lengths):
         """Of v: a query's weights sum to 1, if it sees a key. (k's is 0: it moves all scores of a query alike.)"""
         if self.v[1] is not None:
-            self.add("v_bias", (da if key_lengths is None else da * (key_lengths > 0).view(-1, 1, 1)).flatten(0, 1).sum(0))
+            self.add("v_bias", (da if key_lengths is None else da * (key_lengths > 0).view(-1, 1, 1)).flatten(0, 1).float().sum(0))
 
     def attend_backward(self, da, q, k, v, key_lengths, attended, lse, low, partial):
-        low_out = q.new_empty((q.shape[0], self.heads, q.shape[1], 0))
-        q, k, v, attended, da = map(self.split, (q, k, v, attended, da))
-        args = (da, None, q, k, v, None, key_lengths, attended, low_out, lse, low, False, None, False, partial)
+        out = attended.to(self.dtype)
+        q, k, v, da, out, attended = map(self.split, (q, k, v, da, out, attended))
+        out_low = out[..., :0] if self.dtype == torch.float32 else ((attended - out.float()) * LOW.value).to(self.dtype)
+        args = (da, None, q, k, v, None, key_lengths, out, out_low, lse, low, False, None, False, partial)
         grads = torch.ops.fastdiff.attention_backward(*args)
-        return (g.transpose(1, 2).flatten(2) for g in grads[:3])
+        return (g.transpose(1, 2).flatten(2).float() for g in grads[:3])
 
 
 def _two_floats(x):
@@ -124,23 +148,23 @@ def _lengths(key_lengths, part):
     return None if key_lengths is None else (key_lengths - part.start).clamp(0, part.stop - part.start)
 
 
-def _run(args, outs):
+def _run(args, outs, means=_CPU):
     *tensors, key_lengths, heads, eps, residual = args
     out, attended, lse, lse_low = outs
-    target, source, layer = tensors[0], tensors[1], _Layer(tensors, heads, eps)
+    target, source, layer = tensors[0], tensors[1], _Layer(tensors, heads, eps, means)
     B, M, N, A = *target.shape[:2], source.shape[1], tensors[2].shape[0]
     if not B * M:
         return
 
     def finish(part, a):
         y = layer.project(a, layer.out)
-        out[:, part] = y.add_(target[:, part].float()) if residual else y
+        out[:, part] = y.float().add_(target[:, part].float()) if residual else y
 
     if M <= N:
-        q = layer.project(layer.normed(target.float(), 0), layer.q)
-        a, top = torch.zeros_like(q), q.new_full((B, heads, M), -torch.inf, dtype=torch.float64)
-        for part in _parts(N, B * A):
-            x = layer.normed(source[:, part].float(), 1)
+        q = layer.project(layer.normed(target, 0), layer.q)
+        a, top = torch.zeros_like(attended), q.new_full((B, heads, M), -torch.inf, dtype=torch.float64)
+        for part in _parts(N, B * A, means):
+            x = layer.normed(source[:, part], 1)
             a_part, top_part = layer.attend(q, layer.project(x, layer.k), layer.project(x, layer.v), _lengths(key_lengths, part))
             both = torch.logaddexp(top, top_part)
             weights = ((t - both.masked_fill(both == -torch.inf, 0.0)).exp().float().transpose(1, 2).unsqueeze(-1) for t in (top, top_part))
@@ -150,16 +174,16 @@ def _run(args, outs):
             kept.copy_(value)
         finish(slice(0, M), a)
     else:
-        x = layer.normed(source.float(), 1)
+        x = layer.normed(source, 1)
         k, v = layer.project(x, layer.k), layer.project(x, layer.v)
-        for part in _parts(M, B * A):
-            q = layer.project(layer.normed(target[:, part].float(), 0), layer.q)
+        for part in _parts(M, B * A, means):
+            q = layer.project(layer.normed(target[:, part], 0), layer.q)
             finish(part, layer.attend(q, k, v, key_lengths)[0])
 
 
-def _run_backward(args, outs):
+def _run_backward(args, outs, means=_CPU):
     dout, *tensors, key_lengths, attended, lse, lse_low, heads, eps, residual = args
-    target, source, layer = tensors[0], tensors[1], _Layer(tensors, heads, eps)
+    target, source, layer = tensors[0], tensors[1], _Layer(tensors, heads, eps, means)
     B, M, N, A = *target.shape[:2], source.shape[1], tensors[2].shape[0]
     for grad in outs:
         grad.zero_()
@@ -168,35 +192,35 @@ def _run_backward(args, outs):
     dtarget, dsource = outs[:2]
 
     def finish_target(part, dq, z):
-        d = layer.norm_backward(layer.project_backward(dq, z, layer.q, "q"), target[:, part].float(), 0)
+        d = layer.norm_backward(layer.project_backward(dq, z, layer.q, "q").float(), target[:, part], 0)
         dtarget[:, part] = d + dout[:, part].float() if residual else d
 
     def finish_source(part, dk, dv, x):
-        d = layer.project_backward(dk, x, layer.k, "k") + layer.project_backward(dv, x, layer.v, "v")
-        dsource[:, part] = layer.norm_backward(d, source[:, part].float(), 1)
+        d = layer.project_backward(dk, x, layer.k, "k").float() + layer.project_backward(dv, x, layer.v, "v")
+        dsource[:, part] = layer.norm_backward(d, source[:, part], 1)
 
     if M <= N:
-        z = layer.normed(target.float(), 0)
+        z = layer.normed(target, 0)
         q = layer.project(z, layer.q)
-        da, dq = layer.project_backward(dout.float(), attended, layer.out, "out"), torch.zeros_like(q)
+        da, dq = layer.project_backward(dout, attended, layer.out, "out"), torch.zeros_like(q, dtype=torch.float32)
         layer.bias_backward(da, key_lengths)
-        parts = _parts(N, B * A)
+        parts = _parts(N, B * A, means)
         for part in parts:
-            x = layer.normed(source[:, part].float(), 1)
+            x = layer.normed(source[:, part], 1)
             k, v = layer.project(x, layer.k), layer.project(x, layer.v)
             dq_part, dk, dv = layer.attend_backward(da, q, k, v, _lengths(key_lengths, part), attended, lse, lse_low, len(parts) > 1)
             dq += dq_part
             finish_source(part, dk, dv, x)
         finish_target(slice(0, M), dq, z)
     else:
-        x = layer.normed(source.float(), 1)
+        x = layer.normed(source, 1)
         k, v = layer.project(x, layer.k), layer.project(x, layer.v)
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        for part in _parts(M, B * A):
-            z = layer.normed(target[:, part].float(), 0)
+        dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+        for part in _parts(M, B * A, means):
+            z = layer.normed(target[:, part], 0)
             q = layer.project(z, layer.q)
             a, top = layer.attend(q, k, v, key_lengths)
-            da = layer.project_backward(dout[:, part].float(), a, layer.out, "out")
+            da = layer.project_backward(dout[:, part], a, layer.out, "out")
             layer.bias_backward(da if N else 0 * da, key_lengths)
             dq, dk_part, dv_part = layer.attend_backward(da, q, k, v, key_lengths, a, *_two_floats(top), False)
             dk += dk_part
@@ -216,22 +240,58 @@ def _refuse(x, *_):
 def _plan(target, source, q_weight, *_):
     B, M, N, A = *target.shape[:2], source.shape[1], q_weight.shape[0]
     side, n = ("source", N) if M <= N else ("target", M)
-    kind, count = "read" if M <= N else "write", len(_parts(n, B * A))
+    kind, count = "read" if M <= N else "write", len(_parts(n, B * A, _CPU))
     return f"{kind}: the {side}'s {n} rows in {count} parts, each one's projections in cache and then forgotten"
 
 
 def _cpu(run, plan=None):
     why = native.WHY_NOT["cpu"]
-    return Backend("cpu", ("cpu",), run, None, _refuse, why and f"native library: {why}", plan)
+    return backend.Backend("cpu", ("cpu",), run, None, _refuse, why and f"native library: {why}", plan)
+
+
+# In one kernel, on a GPU, where it fits the chip; else, and in the backward pass, by parts.
+
+def _why_parts(tensors, heads):
+    (M, _), N = tensors[0].shape[1:], tensors[1].shape[1]
+    A, V, O = (tensors[i].shape[0] for i in (2, 4, 5))
+    return triton.refuse("read" if M <= N else "write", tensors[0], A // heads, V // heads, O)
+
+
+def _run_triton(args, outs):
+    *tensors, key_lengths, heads, eps, residual = args
+    out, attended, lse, lse_low = outs
+    target, source = tensors[:2]
+    if _why_parts(tensors, heads):
+        _run(args, outs, _GPU)
+    elif out.numel():
+        layer = _Layer(tensors, heads, eps, _GPU)
+        if target.shape[1] <= source.shape[1]:
+            q = layer.project(layer.normed(target, 0), layer.q)
+            triton.read(q, source, layer.k, layer.v, layer.norms[1], key_lengths, heads, eps, attended, lse, lse_low)
+            y = layer.project(attended, layer.out)
+            out.copy_(y.float().add_(target.float()) if residual else y)
+        else:
+            x = layer.normed(source, 1)
+            triton.write(target, layer.project(x, layer.k), layer.project(x, layer.v), layer.q, *layer.out, layer.norms[0], key_lengths,
+                         heads, eps, residual, out)
+
+
+def _plan_triton(target, source, *args):
+    tensors, heads = (target, source, *args[:12]), args[13]
+    why = _why_parts(tensors, heads)
+    if why:
+        return f"by parts on torch's products and attention: {why}"
+    return "one kernel from source to attended targets" if target.shape[1] <= source.shape[1] else "one kernel from norm to residual"
 
 
 CROSS = contract(f"cross_attend({_SCHEMA}, int heads, float eps, bool residual) -> (Tensor, Tensor, Tensor, Tensor)", outputs=_outputs,
                  values=lambda *args: lengths_within("cross_attend", args[14], args[1].shape[1]),
-                 reference=reference.cross_attend, backends=(_cpu(_run, _plan),), module=__name__)
+                 reference=reference.cross_attend, module=__name__,
+                 backends=(backend.triton(_run_triton, plan=_plan_triton), _cpu(_run, _plan)))
 BACKWARD = contract(
     f"cross_attend_backward(Tensor dout, {_SCHEMA}, Tensor attended, Tensor lse, Tensor lse_low, int heads, float eps, bool residual) -> "
     f"({', '.join(['Tensor'] * len(_TENSORS))})", outputs=_backward_outputs, reference=reference.cross_attend_backward,
-    backends=(_cpu(_run_backward),), module=__name__)
+    backends=(backend.triton(lambda args, outs: _run_backward(args, outs, _GPU)), _cpu(_run_backward)), module=__name__)
 
 
 def _save(ctx, args, outs):
@@ -270,7 +330,8 @@ def cross_attend(target, source, q_weight, k_weight, v_weight, out_weight, *, he
     Shapes   target (B, M, D), source (B, N, C); weights as in nn.Linear: q (A, D), k (A, C), v (A, C), out (O, A), heads divides A ->
              (B, M, O), O = D with the residual; key_lengths (B,) int64 in [0, N] hides source rows from there on
     Options  *_norm = (weight, bias) of a LayerNorm, or None. A read has M <= N (Perceiver, RIN: latents from tokens), a write M > N
-    Dtypes   float32, float16, bfloat16, float64; all equal; computed in float32 (float64 in the reference)
+    Dtypes   float32, float16, bfloat16, float64; all equal; computed in float32 (float64 in the reference); on a GPU bfloat16 is rounded
+             between products, as in PyTorch's layers
     Grads    target, source, weights, biases, norms; first order by parts, computed again; higher orders and forward mode by the reference
     Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
     Source   Jabri et al. 2022, section 3.1; Jaegle et al. 2021, section 3.1

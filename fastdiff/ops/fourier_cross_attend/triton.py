@@ -6,8 +6,8 @@ from ...core import device
 from ...core.backend import triton
 from ...core.jit import OPTIONS, cdiv, jit, power_of_two, tl
 from ...core.launch import pick, shares
+from ...core.softmax import exp, log_sum_exp
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LARGEST = 16
 
 # By kernel: rows of (least architecture, largest number of channels, settings). A thread has one query and BLOCK_W columns ("rows"), or
@@ -35,11 +35,6 @@ def _score(row, column, position, u, pixels, K: tl.constexpr):
     for k in tl.static_range(K):
         s += u[k] * pixels[k]
     return s
-
-
-@jit
-def _exp(x):
-    return tl.exp2(x * LOG2E)
 
 
 @jit
@@ -89,7 +84,7 @@ def _forward(u_ptr, rows_ptr, columns_ptr, planes_ptr, tops_ptr, totals_ptr, sum
         row = tl.load(rows_ptr + o_q * R + y, mask=m_q, other=0.0)
         s = tl.where(m_w, _score(row, columns, position, u, pixels, K), -float("inf"))
         new = tl.maximum(top, tl.max(s, 0, keep_dims=True))
-        fade, p = _exp(top - new), _exp(s - new)
+        fade, p = exp(top - new, True), exp(s - new, True)
         top = new
         weight = p * position
         column_sums = column_sums * fade + weight
@@ -111,7 +106,7 @@ def _forward(u_ptr, rows_ptr, columns_ptr, planes_ptr, tops_ptr, totals_ptr, sum
 
 
 @jit
-def _log_sum_exp(tops_ptr, totals_ptr, base_ptr, scale_ptr, lse_ptr, low_ptr, parts, Q, BLOCK: tl.constexpr):
+def _normalise(tops_ptr, totals_ptr, base_ptr, scale_ptr, lse_ptr, low_ptr, parts, Q, BLOCK: tl.constexpr):
     """base = max over parts of tops, scale = 1 / sum of exp(tops - base) totals, lse = base - log(scale) as two floats.
 
     grid    cdiv(Q, BLOCK)
@@ -127,14 +122,13 @@ def _log_sum_exp(tops_ptr, totals_ptr, base_ptr, scale_ptr, lse_ptr, low_ptr, pa
         i_part = tl.cast(i, tl.int64) * Q
         top = tl.load(tops_ptr + i_part + o_q, mask=m_q, other=0.0)
         new = tl.maximum(base, top)
-        total = total * _exp(base - new) + tl.load(totals_ptr + i_part + o_q, mask=m_q, other=1.0) * _exp(top - new)
+        total = total * exp(base - new, True) + tl.load(totals_ptr + i_part + o_q, mask=m_q, other=1.0) * exp(top - new, True)
         base = new
-    lse = base.to(tl.float64) + tl.log(total).to(tl.float64)
-    high = lse.to(tl.float32)
+    lse, low = log_sum_exp(base, total, True)
     tl.store(base_ptr + o_q, base, mask=m_q)
     tl.store(scale_ptr + o_q, 1.0 / tl.where(total == 0, 1.0, total), mask=m_q)
-    tl.store(lse_ptr + o_q, high, mask=m_q)
-    tl.store(low_ptr + o_q, tl.where(tl.abs(high) < float("inf"), (lse - high.to(tl.float64)).to(tl.float32), 0.0), mask=m_q)
+    tl.store(lse_ptr + o_q, lse, mask=m_q)
+    tl.store(low_ptr + o_q, low, mask=m_q)
 
 
 @jit
@@ -161,7 +155,7 @@ def _merge(parts_ptr, y_ptr, tops_ptr, base_ptr, scale_ptr, rest_ptr, result_ptr
         part = tl.load(parts_ptr + (i_part * N + o_n) * Q + o_q, mask=m_y, other=0.0)
         if tops_ptr is not None:
             top = tl.load(tops_ptr + i_part * top_strides[0] + o_n // EACH * top_strides[1] + o_q, mask=m_y, other=0.0)
-            part = part * _exp(top - base)
+            part = part * exp(top - base, True)
         y += part
     if tops_ptr is not None:
         y = y * tl.load(scale_ptr + o_q, mask=m_q, other=0.0)
@@ -204,7 +198,7 @@ def _query_gradients(u_ptr, rows_ptr, columns_ptr, planes_ptr, dsums_ptr, drow_s
         position = tl.load(planes_ptr + K * plane + o_pixel, mask=m_w, other=0.0)
         row = tl.load(rows_ptr + o_q * R + y, mask=m_q, other=0.0)
         drow_sum = tl.load(drow_sums_ptr + o_q * R + y, mask=m_q, other=0.0)
-        p = _exp((_score(row, columns, position, u, pixels, K) - lse) - low)
+        p = exp((_score(row, columns, position, u, pixels, K) - lse) - low, True)
         ds = tl.where(m_w, p * (_score(drow_sum, dcolumn_sums, position, dsums, pixels, K) - delta), 0.0)
         rest += tl.sum(ds, 0, keep_dims=True)
         more = ()
@@ -259,7 +253,7 @@ def _plane_gradients(u_ptr, rows_ptr, columns_ptr, planes_ptr, dsums_ptr, drow_s
                                tl.load(dcolumn_sums_ptr + o_q * W + o_w, mask=m_tile, other=0.0))
         lse, low = tl.load(lse_ptr + o_q, mask=m_m, other=float("inf")), tl.load(low_ptr + o_q, mask=m_m, other=0.0)
         delta = tl.load(delta_ptr + o_q, mask=m_m, other=0.0)
-        p = _exp((_score(row, column, position, u, pixels, K) - lse) - low)
+        p = exp((_score(row, column, position, u, pixels, K) - lse) - low, True)
         ds = p * (_score(drow_sum, dcolumn_sum, position, dsums, pixels, K) - delta)
         dposition += tl.sum(ds * (column + row) + p * (dcolumn_sum + drow_sum), 0, keep_dims=True)
         more = ()
@@ -307,7 +301,7 @@ def _run_forward(args, outs):
         _forward[(B * H * cdiv(M, chosen["BLOCK_M"]) * parts,)](u, rows, columns, planes, tops, totals, sum_parts, row_tops, row_parts,
                                                                 column_parts, Q, H, M, R, W, splits, per, K=K, **chosen, **OPTIONS)
     base, scale = u.new_empty(Q), u.new_empty(Q)
-    _log_sum_exp[(cdiv(Q, 128),)](tops, totals, base, scale, lse, low, parts, Q, BLOCK=128, num_warps=4, **OPTIONS)
+    _normalise[(cdiv(Q, 128),)](tops, totals, base, scale, lse, low, parts, Q, BLOCK=128, num_warps=4, **OPTIONS)
     weights = dict(base=base, scale=scale)
     _add(sums, sum_parts, tops=tops, strides=(Q, 0), **weights)
     _add(row_sums, row_parts, tops=row_tops, strides=(R * Q, Q), **weights)
