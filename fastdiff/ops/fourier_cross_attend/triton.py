@@ -24,7 +24,7 @@ def _vectors(x_ptr, step, offsets, mask, K: tl.constexpr):
     """K tensors, `step` elements apart in memory."""
     x = ()
     for k in tl.static_range(K):
-        x = x + (tl.load(x_ptr + k * step + offsets, mask=mask, other=0.0),)  # noqa: RUF005  Triton knows no unpacking
+        x += (tl.load(x_ptr + k * step + offsets, mask=mask, other=0.0),)
     return x
 
 
@@ -76,7 +76,7 @@ def _forward(u_ptr, rows_ptr, columns_ptr, planes_ptr, tops_ptr, totals_ptr, sum
     total = tl.zeros([1, BLOCK_M], tl.float32)
     sums = ()
     for _ in tl.static_range(K):
-        sums = sums + (tl.zeros([1, BLOCK_M], tl.float32),)  # noqa: RUF005
+        sums += (tl.zeros([1, BLOCK_M], tl.float32),)
     for y in range(begin, end):
         o_pixel = tl.cast(y, tl.int64) * W + o_w
         pixels = _vectors(planes_ptr, plane, o_pixel, m_w, K)
@@ -91,7 +91,7 @@ def _forward(u_ptr, rows_ptr, columns_ptr, planes_ptr, tops_ptr, totals_ptr, sum
         total = total * fade + tl.sum(p, 0, keep_dims=True)
         more = ()
         for k in tl.static_range(K):
-            more = more + (sums[k] * fade + tl.sum(p * pixels[k], 0, keep_dims=True),)  # noqa: RUF005
+            more += (sums[k] * fade + tl.sum(p * pixels[k], 0, keep_dims=True),)
         sums = more
         o_row = (i_w * R + y) * Q + o_q
         tl.store(row_tops_ptr + o_row, top, mask=m_q)
@@ -191,7 +191,7 @@ def _query_gradients(u_ptr, rows_ptr, columns_ptr, planes_ptr, dsums_ptr, drow_s
     rest = tl.zeros([1, BLOCK_M], tl.float32)
     du = ()
     for _ in tl.static_range(K):
-        du = du + (tl.zeros([1, BLOCK_M], tl.float32),)  # noqa: RUF005
+        du += (tl.zeros([1, BLOCK_M], tl.float32),)
     for y in range(begin, end):
         o_pixel = tl.cast(y, tl.int64) * W + o_w
         pixels = _vectors(planes_ptr, plane, o_pixel, m_w, K)
@@ -203,7 +203,7 @@ def _query_gradients(u_ptr, rows_ptr, columns_ptr, planes_ptr, dsums_ptr, drow_s
         rest += tl.sum(ds, 0, keep_dims=True)
         more = ()
         for k in tl.static_range(K):
-            more = more + (du[k] + tl.sum(ds * pixels[k], 0, keep_dims=True),)  # noqa: RUF005
+            more += (du[k] + tl.sum(ds * pixels[k], 0, keep_dims=True),)
         du = more
         ds = ds * position
         dcolumns += ds
@@ -226,7 +226,7 @@ def _plane_gradients(u_ptr, rows_ptr, columns_ptr, planes_ptr, dsums_ptr, drow_s
     math    as in `_query_gradients`: sum over queries of dS u + P dsums, and for the last plane of dS (row + column) + P (drow + dcolumn)
     needs   per % BLOCK_M = 0; delta with what its rounding left, so that the dS of a query add up to 0
     """
-    N = R * W
+    N = tl.cast(R, tl.int64) * W
     blocks = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0).to(tl.int64)
     i_s, i_b = pid // blocks % splits, pid // blocks // splits
@@ -235,11 +235,11 @@ def _plane_gradients(u_ptr, rows_ptr, columns_ptr, planes_ptr, dsums_ptr, drow_s
     o_row, o_w = o_n // W, o_n % W
     i_plane = i_b * (K + 1) * N
     pixels = _vectors(planes_ptr + i_plane, N, o_n, m_n, K)
-    position = tl.load(planes_ptr + i_plane + K * tl.cast(N, tl.int64) + o_n, mask=m_n, other=0.0)
+    position = tl.load(planes_ptr + i_plane + K * N + o_n, mask=m_n, other=0.0)
     dposition = tl.zeros([1, BLOCK_N], tl.float32)
     dpixels = ()
     for _ in tl.static_range(K):
-        dpixels = dpixels + (tl.zeros([1, BLOCK_N], tl.float32),)  # noqa: RUF005
+        dpixels += (tl.zeros([1, BLOCK_N], tl.float32),)
     begin = (i_s * per).to(tl.int32)
     for i_m in range(begin, tl.minimum(begin + per, HM), BLOCK_M):
         o_m = i_m + tl.arange(0, BLOCK_M)[:, None]
@@ -258,13 +258,13 @@ def _plane_gradients(u_ptr, rows_ptr, columns_ptr, planes_ptr, dsums_ptr, drow_s
         dposition += tl.sum(ds * (column + row) + p * (dcolumn_sum + drow_sum), 0, keep_dims=True)
         more = ()
         for k in tl.static_range(K):
-            more = more + (dpixels[k] + tl.sum(ds * u[k] + p * dsums[k], 0, keep_dims=True),)  # noqa: RUF005
+            more += (dpixels[k] + tl.sum(ds * u[k] + p * dsums[k], 0, keep_dims=True),)
         dpixels = more
 
     dplanes_ptr += (i_s * B + i_b) * (K + 1) * N
     for k in tl.static_range(K):
-        tl.store(dplanes_ptr + k * tl.cast(N, tl.int64) + o_n, dpixels[k], mask=m_n)
-    tl.store(dplanes_ptr + K * tl.cast(N, tl.int64) + o_n, dposition, mask=m_n)
+        tl.store(dplanes_ptr + k * N + o_n, dpixels[k], mask=m_n)
+    tl.store(dplanes_ptr + K * N + o_n, dposition, mask=m_n)
 
 
 def _blocks(u, rows, columns):
