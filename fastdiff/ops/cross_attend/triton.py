@@ -15,6 +15,7 @@ STATISTICS = dict(ROWS=16, BLOCK_C=128, num_warps=4)
 # float32 products run on FMA units and are the whole cost, and float16 has not the range of a projection.
 LAUNCH = {
     "read": ((0, 32, dict(BLOCK_M=256, BLOCK_N=64, BLOCK_C=64, num_warps=8, num_stages=2)),
+             (90, None, dict(BLOCK_M=128, BLOCK_N=64, BLOCK_C=64, num_warps=8, num_stages=2)),
              (0, None, dict(BLOCK_M=128, BLOCK_N=32, BLOCK_C=64, num_warps=8, num_stages=2))),
     "write": ((90, 256, dict(BLOCK_M=64, BLOCK_N=32, BLOCK_C=32, num_warps=8, num_stages=2)),
               (90, None, dict(BLOCK_M=32, BLOCK_N=32, BLOCK_C=32, num_warps=8, num_stages=2)),
