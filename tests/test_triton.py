@@ -20,7 +20,8 @@ from fastdiff.core.jit import INTERPRET, power_of_two
 from fastdiff.testing import Example, properties, subjects
 
 triton = pytest.importorskip("triton")
-ATTENTION = importlib.import_module("fastdiff.ops.attention.triton")
+ATTENTION, GRID, CROSS = (importlib.import_module(f"fastdiff.ops.{name}.triton")
+                          for name in ("attention", "fourier_cross_attend", "cross_attend"))
 interpreter = pytest.mark.skipif(not INTERPRET, reason="runs in the process of test_interpreter")
 compiler = pytest.mark.skipif(bool(INTERPRET), reason="the interpreter compiles nothing")
 
@@ -126,6 +127,109 @@ def test_merge(sizes, dtype, layout, mask):
     properties.written(SUBJECTS["merge_attention"], example)
 
 
+GRIDS = [dict(M=20, C=3, grid=(9, 33)), dict(M=40, C=1, heads=2, grid=(2, 3, 4), bias=True, residual=False), dict(B=2, C=5, grid=(1, 1)),
+         dict(M=130, C=3, grid=(3, 18), norm=True), dict(C=GRID.LARGEST, grid=(4, 5), norm=True), dict(B=0, grid=(3, 18))]
+
+
+@interpreter
+@pytest.mark.parametrize("dims", GRIDS)
+def test_grid(dims):
+    """In float32, which the op computes in whatever it is given."""
+    example = _example("fourier_cross_attend", torch.float32, "transposed", **dict(B=1, M=3, D=8, O=8, width=5, bands=3) | dims)
+    properties.gradients(SUBJECTS["fourier_cross_attend"], example)
+    properties.written(SUBJECTS["fourier_cross_attend"], example)
+
+
+@interpreter
+@pytest.mark.parametrize("values", [{"image": "one dominant"}, {"image": "offset 1e3"}, {"q_weight": "one dominant"}])
+def test_grid_values(values):
+    """Programs share rows and queries, and a score is far from the others."""
+    example = _example("fourier_cross_attend", torch.float32, "offset", values, D=8, O=8, width=5, bands=3, M=40, C=3, grid=(17, 33), B=1)
+    q = torch.empty(1, 1, 40, 3)
+    assert GRID._blocks(q, torch.empty(1, 1, 40, 17), torch.empty(1, 1, 40, 33))[2] > 1
+    properties.gradients(SUBJECTS["fourier_cross_attend"], example)
+
+
+_EVERY = dict(heads=2, norm=True, bias=True, lengths=True)
+READS = [dict(M=20, N=300, D=24, C=70, width=20, **_EVERY), dict(M=33, N=33, C=130, O=24, width=40, residual=False), dict(B=0)]
+WRITES = [dict(M=70, N=45, D=40, C=24, width=20, **_EVERY), dict(M=5, N=4, D=72, C=8, O=300, width=40, residual=False), dict(M=3, N=0)]
+
+
+@interpreter
+@pytest.mark.parametrize("layout", ["contiguous", "offset", "transposed", "expanded"])
+@pytest.mark.parametrize("dims", READS + WRITES)
+def test_cross(dims, layout):
+    example = _example("cross_attend", torch.bfloat16, layout, **dict(B=2, M=3, N=5, D=8, C=8, O=8, width=3) | dims)
+    properties.gradients(SUBJECTS["cross_attend"], example)
+
+
+@interpreter
+@pytest.mark.parametrize("dims", [READS[0], WRITES[0]])
+def test_cross_memory(dims):
+    example = _example("cross_attend", torch.bfloat16, "sliced", **dict(B=2) | dims)
+    for check in (properties.written, properties.unharmed, properties.batch_independence):
+        check(SUBJECTS["cross_attend"], example)
+
+
+# What the two kernels do not take: other dtypes, wide heads, wide results.
+BY_PARTS = [(dims, dtype) for dims in (READS[0], WRITES[0]) for dtype in (torch.float32, torch.float16)] + [
+    (dict(M=9, N=600, width=70, bias=True, lengths=True), torch.bfloat16), (dict(M=600, N=9, O=520, residual=False), torch.bfloat16)]
+
+
+@interpreter
+@pytest.mark.parametrize(("dims", "dtype"), BY_PARTS)
+def test_cross_by_parts(dims, dtype, monkeypatch):
+    """One part, as on a GPU at these sizes, and as many as the sizes allow."""
+    module = importlib.import_module("fastdiff.ops.cross_attend")
+    for chunk in (module._GPU.chunk, 1):
+        monkeypatch.setattr(module, "_GPU", module._GPU._replace(chunk=chunk))
+        example = _example("cross_attend", dtype, "offset", **dict(B=2, D=8, C=8, O=8, width=3, norm=True) | dims)
+        properties.gradients(SUBJECTS["cross_attend"], example)
+
+
+@interpreter
+@pytest.mark.parametrize(("EQ", "EV"), [(24, 40), (40, 5)])
+def test_cross_widths(EQ, EV):
+    """Keys and values of different widths."""
+    generator = torch.Generator().manual_seed(0)
+    made = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).bfloat16()
+    B, M, N, D, C, H = 2, 20, 300, 48, 70, 2
+    target, source, q, bias = made(B, M, D), made(B, N, C), made(B, M, H * EQ), made(H * EV)
+    weights = [made(H * E, C) / 8 for E in (EQ, EV)]
+    split = lambda x: x.double().unflatten(-1, (H, -1)).transpose(1, 2)
+    attend = lambda q, k, v: torch.softmax(split(q) @ split(k).mT * EQ**-0.5, -1) @ split(v)
+    attended, lse, low = torch.empty(B, M, H * EV), torch.empty(B, H, M), torch.empty(B, H, M)
+    CROSS.read(q, source, (weights[0], None), (weights[1], bias), (None, None), None, H, 1e-6, attended, lse, low)
+    k, v = source.double() @ weights[0].double().T, source.double() @ weights[1].double().T + bias
+    torch.testing.assert_close(attended.double(), attend(q, k, v).transpose(1, 2).flatten(2), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(lse.double() + low, torch.logsumexp(split(q) @ split(k).mT * EQ**-0.5, -1), atol=0.05, rtol=0.01)
+    q_weight, out_weight, out = made(H * EQ, D) / 8, made(D, H * EV) / 8, torch.empty(B, M, D).bfloat16()
+    keys, values = made(B, 7, H * EQ), made(B, 7, H * EV)
+    CROSS.write(target, keys, values, (q_weight, None), out_weight, None, (None, None), None, H, 1e-6, True, out)
+    y = attend(target.double() @ q_weight.double().T, keys, values).transpose(1, 2).flatten(2) @ out_weight.double().T
+    torch.testing.assert_close(out.double(), target.double() + y, atol=0.06, rtol=0.02)
+
+
+@interpreter
+def test_cross_plans():
+    """The first read's source is shared, and the sizes above are for kernels or for parts as their tests say."""
+    assert CROSS.read_plan(torch.empty(1, 20, 40, dtype=torch.bfloat16), 300, 2, 40)[1] > 1
+    for dims in READS + WRITES:
+        kind = "read" if dims.get("M", 3) <= dims.get("N", 5) else "write"
+        width, O = dims.get("width", 3), dims.get("O", dims.get("D", 8))
+        assert CROSS.refuse(kind, torch.empty(0, dtype=torch.bfloat16), width, width, O) is None
+    assert CROSS.refuse("read", torch.empty(0, dtype=torch.bfloat16), 70, 70, 8)
+    assert CROSS.refuse("write", torch.empty(0, dtype=torch.bfloat16), 3, 3, 520)
+
+
+@interpreter
+@pytest.mark.parametrize(("dtype", "layout"), DRESSED)
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (3, 5, 0), (1, 1, 1), (129, 70, 150)])
+def test_linear(sizes, dtype, layout):
+    for strides in (layout, "transposed", "expanded"):
+        properties.gradients(SUBJECTS["linear"], _example("linear", dtype, strides, **dict(zip("MNK", sizes, strict=True))))
+
+
 # Compiled
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program can have, by architecture
@@ -200,6 +304,22 @@ def _calls(dtype):
     part = (made(2, 4, 256, 64), torch.empty(2, 4, 256))
     yield REGISTRY["merge_attention"], (*part, *part)
     yield REGISTRY["merge_attention_backward"], (*part, *part, *part)
+    yield REGISTRY["linear"], (made(512, 1024), made(256, 1024), made(256), made(512, 256))
+    yield REGISTRY["linear"], (made(1024, 512).T, made(1024, 261).T, None, None)
+    if dtype == torch.float32:
+        for M, K in ((512, 4), (256, GRID.LARGEST), (20, 1)):
+            rows, columns, planes, lse = made(1, 2, M, 224), made(1, 2, M, 64), made(1, K + 1, 224, 64), made(1, 2, M)
+            grid = (made(1, 2, M, K), rows, columns)
+            yield REGISTRY["grid_attention"], (*grid, planes)
+            yield REGISTRY["grid_attention_backward"], (*grid, *grid, planes, *grid, lse, lse, True)
+    if dtype == torch.bfloat16:
+        for M, N, D, C, E, every in ((256, 4096, 768, 512, 32, True), (256, 4096, 512, 768, 64, True), (20, 4096, 264, 264, 40, False),
+                                     (4096, 256, 256, 512, 64, True), (4096, 256, 512, 512, 32, True), (4096, 77, 512, 768, 64, False)):
+            A = 8 * E
+            weights, widths = ((A, D), (A, C), (A, C), (D, A)), (A, A, A, D, D, D, C, C)
+            vectors = [made(n) if every else None for n in widths]
+            lengths = torch.full((1,), N) if every else None
+            yield REGISTRY["cross_attend"], (made(1, M, D), made(1, N, C), *(made(*w) for w in weights), *vectors, lengths, 8, 1e-6, every)
     for order in ("pqc", "cpq"):
         yield REGISTRY["patchify"], (made(2, 3, 64, 64), [8, 8], order)
         yield REGISTRY["unpatchify"], (made(2, 64, 192), [8, 8], [8, 8], order)

@@ -46,7 +46,8 @@ class Contract:
     def __init__(self, schema, outputs, values, reference, backends, module, autocast, entries):
         self.name = schema.split("(")[0]
         self.outputs, self.values, self.reference, self.module, self.autocast = outputs, values, reference, module, autocast
-        self.backends = (*backends, _backend.reference(reference))
+        named = any(b.name == "reference" for b in backends)
+        self.backends = backends if named else (*backends, _backend.reference(reference))
         self._backward, self._tangents, self._entries = None, False, tuple(filter(None, map(_entry, entries)))
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
@@ -203,7 +204,8 @@ def contract(schema, *, outputs, reference, backends=(), module, values=None, au
     """Defines torch.ops.fastdiff.<name> and returns its Contract, kept in REGISTRY.
 
     outputs(*args): refuses bad input and allocates the results (real or fake). values(*args): refuses bad values, on real tensors alone.
-    reference(*args): the meaning. backends: rows in order of preference (None is skipped); the reference is appended as the last.
+    reference(*args): the meaning. backends: rows in order of preference (None is skipped); the reference is appended as the last, unless
+    it is among them.
     module: the op folder's package name. autocast: cast as autocast casts matrix products. entries: names of native eager
     entries, if there are any (Contract.eager).
     """

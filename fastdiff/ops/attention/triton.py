@@ -7,11 +7,9 @@ import torch
 from ...core import device
 from ...core.backend import triton
 from ...core.jit import OPTIONS, aligned, cdiv, dot, jit, load_tile, narrow, padded, power_of_two, store_tile, tl, unit_of
-from ...core.launch import pick
+from ...core.launch import pick, shares
+from ...core.softmax import LOG2E, LOW, add, by_rows, exp, log_sum_exp, merge, place, store_low, two_floats
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-LOW = tl.constexpr(2048.0)  # float16 then has as many digits for what rounding leaves over as for the rounded
 LARGEST = 512
 
 
@@ -38,9 +36,6 @@ LAUNCH = {
         4: _table((0, {128: (32, 32, 8, 2), None: (16, 16, 8, 1)})),
     },
 }
-# Rows of (programs that fill the chip: its multiprocessors; least blocks a program loops over when it shares a loop). 0: the interpreter.
-SHARE = ((100, None, (148, 4)), (90, None, (132, 4)), (1, None, (108, 4)), (0, None, (16, 2)))
-MERGE = dict(elements=1024, num_warps=4)
 STATISTICS = dict(ROWS=16, num_warps=4)
 
 
@@ -64,15 +59,6 @@ def _logits(s, logit_scale, bias_ptr, bias_strides, o_m, o_n, M, N, end, CAUSAL:
 
 
 @jit
-def _place(rows, splits, H, BLOCK: tl.constexpr):
-    """(first row, share, head, its batch, its number there) of a program on the grid B H splits cdiv(rows, BLOCK), blocks innermost."""
-    blocks = tl.cdiv(rows, BLOCK)
-    pid = tl.program_id(0).to(tl.int64)
-    i_bh = pid // blocks // splits
-    return (pid % blocks * BLOCK).to(tl.int32), pid // blocks % splits, i_bh, i_bh // H, i_bh % H
-
-
-@jit
 def _keys(i_s, per, lengths_ptr, lengths_stride, i_b, start, M, N, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
     """[begin, end): the keys of share i_s that some query of the block at `start` sees."""
     begin = (i_s * per).to(tl.int32)
@@ -85,45 +71,11 @@ def _keys(i_s, per, lengths_ptr, lengths_stride, i_b, start, M, N, CAUSAL: tl.co
 
 
 @jit
-def _exp(x, NATURAL: tl.constexpr):
-    """exp of a difference of logits."""
-    if NATURAL:
-        return tl.exp2(x * LOG2E)
-    else:
-        return tl.exp2(x)
-
-
-@jit
-def _two_floats(x):
-    """fp64 x as the sum of two fp32: x rounded, and what rounding left over (0 beside inf and NaN)."""
-    high = x.to(tl.float32)
-    return high, tl.where(tl.abs(high) < float("inf"), (x - high.to(tl.float64)).to(tl.float32), 0.0)
-
-
-@jit
-def _log_sum_exp(top, total, NATURAL: tl.constexpr):
-    """Natural log-sum-exp, as two floats, of the greatest logit and the sum of exponentials relative to it."""
-    top, log = top.to(tl.float64), tl.log2(total).to(tl.float64)
-    if NATURAL:
-        return _two_floats(top + log * LN2)
-    else:
-        return _two_floats((top + log) * LN2)
-
-
-@jit
-def _store_low(low_ptr, y, i_bh, start, M, ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
-    """LOW times what rounding y to the memory's dtype leaves over, into contiguous (B, H, M, E), if there is any; 0 where y overflows."""
-    if low_ptr is not None:
-        low = (y - narrow(y, low_ptr.dtype.element_ty).to(tl.float32)) * LOW
-        store_tile(low_ptr + i_bh * M * E, tl.where(tl.abs(low) < float("inf"), low, 0.0), start, E, M, ROWS, FIRST, WIDTH, E)
-
-
-@jit
 def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, out_low_ptr, lse_ptr, low_ptr, logit_scale, B, H, M, N, splits,
              per, q_strides, k_strides, v_strides, bias_strides, lengths_stride, out_strides, SHARED: tl.constexpr, CAUSAL: tl.constexpr,
              MASK: tl.constexpr, NATURAL: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, E: tl.constexpr,
              PADDED: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """out, lse of a block of queries over the keys [per i_s, per (i_s + 1)); if SHARED, what `_merge` makes them of.
+    """out, lse of a block of queries over the keys [per i_s, per (i_s + 1)); if SHARED, what `merge` makes them of.
 
     grid    B H splits cdiv(M, BLOCK_M), query blocks innermost: neighbours read the same keys
     layout  q, k, v (B, H, rows, E), out (splits, B, H, M, E), any strides but the last, which is 1; out_low (B, H, M, E) or None,
@@ -133,7 +85,7 @@ def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, out_low_ptr, l
             without a key; if SHARED out is left as the sum, and the maximum and the sum of P stand for lse and low
     needs   E1 + E2 >= E, each a power of two >= 16 (E2 may be 0); MASK unless every block of keys is seen whole; per % BLOCK_N = 0
     """
-    start, i_s, i_bh, i_b, i_h = _place(M, splits, H, BLOCK_M)
+    start, i_s, i_bh, i_b, i_h = place(M, splits, H, BLOCK_M)
     o_m = start + tl.arange(0, BLOCK_M)
     q_ptr += (i_b * q_strides[0] + i_h * q_strides[1]) * UNIT
     k_ptr += (i_b * k_strides[0] + i_h * k_strides[1]) * UNIT
@@ -158,8 +110,8 @@ def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, out_low_ptr, l
                     NATURAL)
         new = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(new == -float("inf"), 0.0, new)
-        p = _exp(s - shift[:, None], NATURAL)
-        fade = _exp(top - shift, NATURAL)
+        p = exp(s - shift[:, None], NATURAL)
+        fade = exp(top - shift, NATURAL)
         total = total * fade + tl.sum(p, 1)
         p = narrow(p, q_ptr.dtype.element_ty)
         acc1 = dot(p, load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, 0, E1, PADDED, UNIT), acc1 * fade[:, None])
@@ -172,7 +124,7 @@ def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, out_low_ptr, l
         tl.store(lse_ptr + o_lse, top, mask=o_m < M)
         tl.store(low_ptr + o_lse, total, mask=o_m < M)
     else:
-        lse, low = _log_sum_exp(top, total, NATURAL)
+        lse, low = log_sum_exp(top, total, NATURAL)
         tl.store(lse_ptr + o_lse, lse, mask=o_m < M)
         tl.store(low_ptr + o_lse, low, mask=o_m < M)
         total = tl.where(total == 0, 1.0, total)[:, None]
@@ -181,43 +133,10 @@ def _forward(q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, out_ptr, out_low_ptr, l
             acc2 = acc2 / total
     out_ptr += (i_s * out_strides[0] + i_b * out_strides[1] + i_h * out_strides[2]) * OUT_UNIT
     store_tile(out_ptr, acc1, start, out_strides[3], M, BLOCK_M, 0, E1, E, OUT_UNIT)
-    _store_low(out_low_ptr, acc1, i_bh, start, M, BLOCK_M, 0, E1, E)
+    store_low(out_low_ptr, acc1, i_bh, start, M, BLOCK_M, 0, E1, E)
     if E2:
         store_tile(out_ptr, acc2, start, out_strides[3], M, BLOCK_M, E1, E2, E, OUT_UNIT)
-        _store_low(out_low_ptr, acc2, i_bh, start, M, BLOCK_M, E1, E2, E)
-
-
-@jit
-def _merge(parts_ptr, tops_ptr, totals_ptr, out_ptr, out_low_ptr, lse_ptr, low_ptr, B, H, M, splits, out_strides, NATURAL: tl.constexpr,
-           E: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """out = sum_s w_s part_s / total, total = sum_s w_s total_s, w_s = exp(top_s - top), first split to last; lse = top + log(total).
-
-    grid    B H cdiv(M, ROWS), row blocks innermost
-    layout  parts (splits, B, H, M, E), tops, totals (splits, B, H, M), out_low (B, H, M, E) or None, lse, low (B, H, M)
-            contiguous; out (B, H, M, E), last stride 1
-    math    fp32, rounded once; 0 and -inf where no split has a key
-    needs   WIDTH a power of two, at least E
-    """
-    start, _, i_bh, _, _ = _place(M, 1, H, ROWS)
-    o_m = start + tl.arange(0, ROWS)
-    top = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    for i_s in range(splits):
-        i_row = (tl.cast(i_s, tl.int64) * B * H + i_bh) * M
-        part_top = tl.load(tops_ptr + i_row + o_m, mask=o_m < M, other=-float("inf"))
-        new = tl.maximum(top, part_top)
-        shift = tl.where(new == -float("inf"), 0.0, new)
-        fade, weight = _exp(top - shift, NATURAL), _exp(part_top - shift, NATURAL)
-        total = total * fade + tl.load(totals_ptr + i_row + o_m, mask=o_m < M, other=0.0) * weight
-        acc = acc * fade[:, None] + load_tile(parts_ptr + i_row * E, start, E, M, ROWS, 0, WIDTH, E) * weight[:, None]
-        top = new
-    lse, low = _log_sum_exp(top, total, NATURAL)
-    tl.store(lse_ptr + i_bh * M + o_m, lse, mask=o_m < M)
-    tl.store(low_ptr + i_bh * M + o_m, low, mask=o_m < M)
-    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    store_tile(out_ptr + i_bh // H * out_strides[0] + i_bh % H * out_strides[1], acc, start, out_strides[2], M, ROWS, 0, WIDTH, E)
-    _store_low(out_low_ptr, acc, i_bh, start, M, ROWS, 0, WIDTH, E)
+        store_low(out_low_ptr, acc2, i_bh, start, M, BLOCK_M, E1, E2, E)
 
 
 @jit
@@ -245,7 +164,7 @@ def _statistics(dout_ptr, out_ptr, out_low_ptr, lse_ptr, low_ptr, dlse_ptr, stat
     math    delta from the diagonal of dout out^T, a product like dP's: for a query that sees one key they are equal, and dS is 0
     needs   as in `_forward`
     """
-    start, _, i_bh, i_b, i_h = _place(M, 1, H, ROWS)
+    start, _, i_bh, i_b, i_h = place(M, 1, H, ROWS)
     o_row = tl.arange(0, ROWS)
     o_m = start + o_row
     m_m = o_m < M
@@ -253,7 +172,7 @@ def _statistics(dout_ptr, out_ptr, out_low_ptr, lse_ptr, low_ptr, dlse_ptr, stat
     lse += tl.load(low_ptr + i_bh * M + o_m, mask=m_m, other=0.0).to(tl.float64)
     if not NATURAL:
         lse = lse * LOG2E
-    lse, low = _two_floats(tl.where(lse == -float("inf"), float("inf"), lse))
+    lse, low = two_floats(tl.where(lse == -float("inf"), float("inf"), lse))
     dout_ptr += (i_b * dout_strides[0] + i_h * dout_strides[1]) * UNIT
     out_ptr += (i_b * out_strides[0] + i_h * out_strides[1]) * UNIT
     product = tl.zeros([ROWS, ROWS], tl.float32)
@@ -295,7 +214,7 @@ def _query_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats
     math    P = exp(S - lse), dS = P (dout v^T - delta + dlse), dq = scale dS k; dS rounded to q's dtype for the product
     needs   as in `_forward`
     """
-    start, i_s, i_bh, i_b, i_h = _place(M, splits, H, BLOCK_M)
+    start, i_s, i_bh, i_b, i_h = place(M, splits, H, BLOCK_M)
     o_m = start + tl.arange(0, BLOCK_M)
     dout_ptr += (i_b * dout_strides[0] + i_h * dout_strides[1]) * UNIT
     q_ptr += (i_b * q_strides[0] + i_h * q_strides[1]) * UNIT
@@ -324,7 +243,7 @@ def _query_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats
             s = dot(q2, tl.trans(k2), s)
             dp = dot(dout2, tl.trans(load_tile(v_ptr, i_n, v_strides[2], end, BLOCK_N, E1, E2, PADDED, UNIT)), dp)
         s = _logits(s, logit_scale, bias_ptr, bias_strides, o_m[:, None], o_n[None, :], M, N, end, CAUSAL, MASK, NATURAL)
-        ds = _exp((s - lse[:, None]) - low[:, None], NATURAL) * ((dp - delta[:, None]) + dlse[:, None])
+        ds = exp((s - lse[:, None]) - low[:, None], NATURAL) * ((dp - delta[:, None]) + dlse[:, None])
         if ds_ptr is not None:
             o_ds = (i_bh * M + o_m)[:, None] * N + o_n[None, :]
             tl.store(ds_ptr + o_ds, narrow(ds, ds_ptr.dtype.element_ty), mask=(o_m < M)[:, None] & (o_n < end)[None, :])
@@ -352,7 +271,7 @@ def _key_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_p
     math    P^T and dS^T from k q^T and v dout^T, so that neither is transposed; dv = P^T dout, dk = scale dS^T q
     needs   as in `_forward`; per % BLOCK_M = 0
     """
-    start, i_s, i_bh, i_b, i_h = _place(N, splits, H, BLOCK_N)
+    start, i_s, i_bh, i_b, i_h = place(N, splits, H, BLOCK_N)
     o_n = start + tl.arange(0, BLOCK_N)
     dout_ptr += (i_b * dout_strides[0] + i_h * dout_strides[1]) * UNIT
     q_ptr += (i_b * q_strides[0] + i_h * q_strides[1]) * UNIT
@@ -392,7 +311,7 @@ def _key_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_p
             s = dot(k2, tl.trans(q2), s)
             dp = dot(v2, tl.trans(dout2), dp)
         s = _logits(s, logit_scale, bias_ptr, bias_strides, o_m[None, :], o_n[:, None], M, N, end, CAUSAL, MASK, NATURAL)
-        p = _exp((s - lse[None, :]) - low[None, :], NATURAL)
+        p = exp((s - lse[None, :]) - low[None, :], NATURAL)
         ds = narrow(p * ((dp - delta[None, :]) + dlse[None, :]), q_ptr.dtype.element_ty)
         p = narrow(p, q_ptr.dtype.element_ty)
         dv1 = dot(p, dout1, dv1)
@@ -409,25 +328,6 @@ def _key_gradients(dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, stats_p
     if E2:
         store_tile(dk_ptr, dk2 * scale, start, dk_strides[3], N, BLOCK_N, E1, E2, E, OUT_UNIT)
         store_tile(dv_ptr, dv2, start, dv_strides[3], N, BLOCK_N, E1, E2, E, OUT_UNIT)
-
-
-@jit
-def _sum(parts_ptr, y_ptr, B, H, M, splits, y_strides, E: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """y = the parts added from the first to the last.
-
-    grid    B H cdiv(M, ROWS), row blocks innermost
-    layout  parts (splits, B, H, M, E) contiguous; y (B, H, M, E), last stride 1
-    math    fp32, rounded once
-    needs   WIDTH a power of two, at least E
-    """
-    blocks = tl.cdiv(M, ROWS)
-    pid = tl.program_id(0).to(tl.int64)
-    start, i_bh = pid % blocks * ROWS, pid // blocks
-    acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    for i_s in range(splits):
-        i_row = (tl.cast(i_s, tl.int64) * B * H + i_bh) * M
-        acc += load_tile(parts_ptr + i_row * E, start, E, M, ROWS, 0, WIDTH, E)
-    store_tile(y_ptr + i_bh // H * y_strides[0] + i_bh % H * y_strides[1], acc, start, y_strides[2], M, ROWS, 0, WIDTH, E)
 
 
 def _cut(E):
@@ -452,18 +352,6 @@ def _settings(what, q):
     return chosen
 
 
-def _shares(q, tiles, length, block):
-    """(splits, per): a loop over `length` is shared by `splits` programs, `per` each, where `tiles` programs would leave the chip idle.
-
-    A matter of sizes and architecture alone, so that the bits are too.
-    """
-    programs, least = pick(SHARE, device.architecture(q.device), tiles)
-    steps = cdiv(length, block)
-    splits = 1 if tiles >= programs else max(1, min(cdiv(2 * programs, max(tiles, 1)), steps // least))
-    per = max(1, cdiv(steps, splits)) * block
-    return max(1, cdiv(length, per)), per
-
-
 def _parts(y, splits):
     """Where `splits` programs write their parts of y: y itself for one, fp32 memory for more; (splits, B, H, rows, E)."""
     return y.unsqueeze(0) if splits == 1 else y.new_empty((splits, *y.shape), dtype=torch.float32)
@@ -474,14 +362,6 @@ def _in_units(*tensors):
     strides = [x.stride()[:-1] for x in tensors]
     unit = unit_of(*(s for each in strides for s in each))
     return unit, [tuple(s // unit for s in each) for each in strides]
-
-
-def _by_rows(kernel, y, *args):
-    """Launches a kernel over blocks of the rows of y (B, H, M, E)."""
-    B, H, M, E = y.shape
-    width = power_of_two(E)
-    block = power_of_two(min(M, max(1, MERGE["elements"] // width)))
-    kernel[(B * H * cdiv(M, block),)](*args, E=E, WIDTH=width, ROWS=block, num_warps=MERGE["num_warps"], **OPTIONS)
 
 
 def _mask_arguments(bias, key_lengths, shape):
@@ -499,7 +379,7 @@ def _scales(E, scale, natural):
 def _forward_plan(q, N):
     B, H, M, _ = q.shape
     chosen = _settings("forward", q)
-    return chosen, *_shares(q, B * H * cdiv(M, chosen["BLOCK_M"]), N, chosen["BLOCK_N"])
+    return chosen, *shares(device.architecture(q.device), B * H * cdiv(M, chosen["BLOCK_M"]), N, chosen["BLOCK_N"])
 
 
 def _run_forward(args, outs):
@@ -523,15 +403,15 @@ def _run_forward(args, outs):
         MASK=causal or key_lengths is not None or N % chosen["BLOCK_N"] != 0, NATURAL=natural, UNIT=unit, OUT_UNIT=out_unit, E=E,
         **_columns(q, E), **chosen, **OPTIONS)
     if splits > 1:
-        _by_rows(_merge, out, parts, *sums, out, out_low, lse, low, B, H, M, splits, out.stride()[:3], natural)
+        by_rows(merge, out, parts, *sums, out, out_low, lse, low, B, H, M, splits, out.stride()[:3], natural)
 
 
 def _backward_plan(q, N):
     """Settings, splits and share of the query gradients, then those of the key gradients."""
     B, H, M, _ = q.shape
     by_query, by_key = _settings("query gradients", q), _settings("key gradients", q)
-    return ((by_query, *_shares(q, B * H * cdiv(M, by_query["BLOCK_M"]), N, by_query["BLOCK_N"])),
-            (by_key, *_shares(q, B * H * cdiv(N, by_key["BLOCK_N"]), M, by_key["BLOCK_M"])))
+    return ((by_query, *shares(device.architecture(q.device), B * H * cdiv(M, by_query["BLOCK_M"]), N, by_query["BLOCK_N"])),
+            (by_key, *shares(device.architecture(q.device), B * H * cdiv(N, by_key["BLOCK_N"]), M, by_key["BLOCK_M"])))
 
 
 def _run_backward(args, outs):
@@ -564,20 +444,23 @@ def _run_backward(args, outs):
             *tensors, dq_parts, ds, *_scales(E, scale, natural), B, H, M, N, query_splits, keys, *strides, dq_strides, CAUSAL=causal,
             MASK=hidden or N % by_query["BLOCK_N"] != 0, OUT_UNIT=grad_unit, E=E, **columns, **by_query, **OPTIONS)
         if query_splits > 1:
-            _by_rows(_sum, dq, dq_parts, dq, B, H, M, query_splits, dq.stride()[:3])
+            by_rows(add, dq, dq_parts, dq, B, H, M, query_splits, dq.stride()[:3])
     if B * H * N:
         _key_gradients[(B * H * key_splits * cdiv(N, by_key["BLOCK_N"]),)](
             *tensors, dk_parts, dv_parts, *_scales(E, scale, natural), B, H, M, N, key_splits, queries, *strides, dk_strides, dv_strides,
             CAUSAL=causal, MASK=hidden, OUT_UNIT=grad_unit, E=E, **columns, **by_key, **OPTIONS)
         if key_splits > 1:
             for parts, y in ((dk_parts, dk), (dv_parts, dv)):
-                _by_rows(_sum, y, parts, y, B, H, N, key_splits, y.stride()[:3])
+                by_rows(add, y, parts, y, B, H, N, key_splits, y.stride()[:3])
     if bias_grad and ds is not dbias:
         shared = [axis for axis, (own, full) in enumerate(zip(dbias.shape, ds.shape, strict=True)) if own != full]
         dbias.copy_(ds.sum(shared, keepdim=True, dtype=torch.float64))
 
 
-def _refuse_size(E):
+def _refuse_size(q, v):
+    E, V = q.shape[3], v.shape[3]
+    if E != V:
+        return f"takes values as wide as keys, got {V} and {E}"
     return None if 1 <= E <= LARGEST else f"takes head sizes from 1 to {LARGEST}, got {E}"
 
 
@@ -593,5 +476,5 @@ def _plan_backward(dout, dlse, q, k, *_):
             f"dk, dv: blocks of {by_key['BLOCK_N']} keys, {key_splits} programs each ({queries} queries)")
 
 
-FORWARD = triton(_run_forward, refuse=lambda q, *_: _refuse_size(q.shape[3]), plan=_plan_forward)
-BACKWARD = triton(_run_backward, refuse=lambda dout, *_: _refuse_size(dout.shape[3]), plan=_plan_backward)
+FORWARD = triton(_run_forward, refuse=lambda q, k, v, *_: _refuse_size(q, v), plan=_plan_forward)
+BACKWARD = triton(_run_backward, refuse=lambda dout, dlse, q, k, v, *_: _refuse_size(q, v), plan=_plan_backward)

@@ -1,19 +1,21 @@
 """A cross-attention layer as one op: reads of few queries over a long source, writes of many targets from a short one."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-from ...core import native
-from ...core.backend import Backend
+from ...core import backend, jit, native
 from ...core.check import dims, fail, integers, lengths, lengths_within, pair, tensor
 from ...core.contract import contract, into, without_autocast
-from . import reference
+from ...core.softmax import LOW
+from . import reference, triton
 
 _TENSORS = ("target", "source", "q_weight", "k_weight", "v_weight", "out_weight", "q_bias", "k_bias", "v_bias", "out_bias", "target_norm_0",
             "target_norm_1", "source_norm_0", "source_norm_1")
 _LAYOUTS = dict(zip(_TENSORS, ("B M D", "B N C", "A D", "A C", "V C", "O V", "A", "A", "V", "O", "D", "D", "C", "C"), strict=True))
 _SCHEMA = ", ".join(f"Tensor{'?' if i > 5 else ''} {name}" for i, name in enumerate(_TENSORS)) + ", Tensor? key_lengths"
-CHUNK = 1 << 20  # floats of one projection of a part of the long side: two of them stay in a last-level cache
 
 
 def _check(op, args, key_lengths, heads, residual):
@@ -28,16 +30,50 @@ def _check(op, args, key_lengths, heads, residual):
     return sizes
 
 
-def _parts(n, width):
-    """Equal slices of a long side, of about CHUNK floats where a row has `width`."""
-    step = max(1, -(-n // max(1, min(n // 256, -(-n * width // CHUNK)))))
+def _own_linear(x, weight, bias, added, out):
+    added = None if added is None else added.float()
+    if out is not None and out.is_contiguous() and out.dtype == torch.float32:
+        into("linear", (out.view(-1, out.shape[-1]),), x, weight, bias, added)
+        return out
+    y = torch.ops.fastdiff.linear(x, weight, bias, added)
+    return y if out is None else out.copy_(y.view(out.shape))
+
+
+def _torch_linear(x, weight, bias, added, out):
+    y = F.linear(x, weight, bias)
+    y = y if added is None else y.float().add_(added)
+    return y if out is None else out.copy_(y.view(out.shape))
+
+
+class _Means(NamedTuple):
+    """What the parts of the long side are computed with.
+
+    linear(x, weight, bias, added, out): x W^T + bias + added, into `out` if it is given. chunk: numbers in one projection of a part.
+    narrow: dtypes that are not computed in float32.
+    """
+
+    linear: Callable
+    chunk: int
+    narrow: tuple
+
+
+# On a CPU two projections stay in a last-level cache. On a GPU a part fills the chip, and bfloat16 is rounded between products, as
+# PyTorch's own layers do; float16 would lack the range where only what stands between is large.
+_CPU, _GPU = _Means(_own_linear, 1 << 20, ()), _Means(_torch_linear, 1 << 26, (torch.bfloat16,))
+
+
+def _parts(n, width, means):
+    """Equal slices of a long side, of about means.chunk numbers where a row has `width`."""
+    step = max(1, -(-n // max(1, min(n // 256, -(-n * width // means.chunk)))))
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
-def _kept(B, M, N, width):
-    """Rows of q, of k and v, and of what was attended that forward keeps for backward: all of a call of one part, which bounds them;
-    else of a short target what was attended, and the rest is computed again."""
-    if len(_parts(max(M, N), B * width)) <= 1:
+def _kept(target, N, width):
+    """Rows of q, of k and v, and of what was attended that forward keeps for backward: on a CPU (that does not interpret Triton, whose
+    kernels make no k and v) all of a call of one part, which bounds them; else of a short target what was attended, and the rest is
+    computed again."""
+    B, M = target.shape[:2]
+    if target.device.type == "cpu" and not jit.INTERPRET and len(_parts(max(M, N), B * width, _CPU)) <= 1:
         return M, N, M
     return 0, 0, M if M <= N else 0
 
@@ -48,7 +84,7 @@ def _outputs(*args):
     target = tensors[0]
     wide = torch.float64 if target.dtype is torch.float64 else torch.float32
     B, A, V = (sizes[axis] for axis in "BAV")
-    q, kv, a = _kept(B, sizes["M"], sizes["N"], max(A, V))
+    q, kv, a = _kept(target, sizes["N"], max(A, V))
     made = ((B, q, A), (B, kv, A), (B, kv, V), (B, a, V), (B, heads, a), (B, heads, a))
     return target.new_empty((B, sizes["M"], sizes["O"])), *(target.new_empty(shape, dtype=wide) for shape in made)
 
@@ -62,58 +98,62 @@ def _backward_outputs(dout, *args):
     return tuple(dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
 
-# On the CPU: by parts of the long side, so that its projections stay in cache and never stand in memory whole.
+# By parts of the long side, whose projections never stand in memory whole.
 
 class _Layer:
-    """The layer's parameters in float32, the pieces of its forward pass and of its gradient, and the gradients summed so far."""
+    """The layer's parameters, the pieces of its forward pass and of its gradient, and the gradients summed so far, in float32."""
 
-    def __init__(self, tensors, heads, eps):
-        wide = [None if x is None else x.float() for x in tensors[2:]]
-        self.q, self.k, self.v, self.out = zip(wide[:4], wide[4:8], strict=True)
-        self.norms, self.heads, self.eps = (wide[8:10], wide[10:12]), heads, eps
+    def __init__(self, tensors, heads, eps, means):
+        self.dtype = tensors[0].dtype if tensors[0].dtype in means.narrow else torch.float32
+        cast = [None if x is None else x.to(self.dtype) for x in tensors[2:]]
+        self.q, self.k, self.v, self.out = zip(cast[:4], cast[4:8], strict=True)
+        self.norms, self.heads, self.eps, self.linear = (cast[8:10], cast[10:12]), heads, eps, means.linear
         self.width = max(tensors[2].shape[0], tensors[4].shape[0])
         self.grads = {}
 
     def normed(self, x, which):
-        gain, shift = self.norms[which]
+        x, (gain, shift) = x.to(self.dtype), self.norms[which]
         return x if gain is None else F.layer_norm(x, x.shape[-1:], gain, shift, self.eps)
 
     def project(self, x, pair, added=None, out=None):
         """x W^T + b + added; into `out` if it is given."""
-        args = x.flatten(0, 1), *pair, None if added is None else added.flatten(0, 1)
-        if out is not None and out.is_contiguous() and out.dtype == torch.float32:
-            into("linear", (out.view(-1, out.shape[-1]),), *args)
-            return out
-        y = torch.ops.fastdiff.linear(*args).view(*x.shape[:2], pair[0].shape[0])
-        return y if out is None else out.copy_(y)
+        y = self.linear(x.to(self.dtype).flatten(0, 1), *pair, None if added is None else added.flatten(0, 1), out)
+        return y.view(*x.shape[:2], pair[0].shape[0])
 
     def split(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def attend(self, q, k, v, key_lengths, out=None):
-        """(attended (B, M, V), log-sum-exp in two floats), into three tensors if they are given. As in attend_backward."""
+        """(attended (B, M, V), log-sum-exp in two floats), all in float32, into three tensors if they are given. Not through attention's
+        contract: v may have a width of its own."""
         if out is None:
             rows = (q.shape[0], self.heads, q.shape[1])
-            out = q.new_empty((*q.shape[:2], v.shape[2])), q.new_empty(rows), q.new_empty(rows)
-        heads = self.split(out[0])
-        into("attention", (heads, heads[..., :0], *out[1:]), self.split(q), self.split(k), self.split(v), None, key_lengths, False, None)
+            out = tuple(q.new_empty(shape, dtype=torch.float32) for shape in ((*q.shape[:2], v.shape[2]), rows, rows))
+        y = out[0] if self.dtype == torch.float32 else torch.empty_like(out[0], dtype=self.dtype)
+        heads = self.split(y)
+        low = heads[..., :0] if y is out[0] else heads.new_empty(heads.shape)
+        into("attention", (heads, low, *out[1:]), self.split(q), self.split(k), self.split(v), None, key_lengths, False, None)
+        if y is not out[0]:
+            self.split(out[0]).copy_(heads.float() + low.float() / LOW.value)
         return out
 
     def add(self, name, value):
-        self.grads[name] = self.grads[name].add_(value) if name in self.grads else value
+        self.grads[name] = self.grads[name].add_(value) if name in self.grads else value.float()
 
     def project_backward(self, dy, x, pair, name, added=None):
-        """Gradient by x of a projection, + added; the parameters' are added to what there is."""
-        flat, weight = dy.flatten(0, 1), f"{name}_weight"
-        self.grads[weight] = torch.ops.fastdiff.linear(flat.T, x.flatten(0, 1).T, None, self.grads.get(weight))
+        """Gradient by x of a projection, + added, in float32; the parameters' are added to what there is."""
+        flat, weight = dy.to(self.dtype).flatten(0, 1), f"{name}_weight"
+        self.grads[weight] = self.linear(flat.T, x.to(self.dtype).flatten(0, 1).T, None, self.grads.get(weight), None).float()
         if pair[1] is not None and name in ("q", "out"):
-            self.add(f"{name}_bias", flat.sum(0))
-        return self.project(dy, (pair[0].T, None), added)
+            self.add(f"{name}_bias", flat.float().sum(0))
+        return self.project(dy, (pair[0].T, None), added).float()
 
     def norm_backward(self, dy, x, which):
+        """In float32."""
         gain, _ = self.norms[which]
         if gain is None:
             return dy
+        x, gain = x.float(), gain.float()
         name = ("target_norm", "source_norm")[which]
         hat, mean, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, self.eps)
         self.add(f"{name}_0", (dy * hat).flatten(0, 1).sum(0))
@@ -126,12 +166,13 @@ class _Layer:
             self.add("v_bias", (da if key_lengths is None else da * (key_lengths > 0).view(-1, 1, 1)).flatten(0, 1).sum(0))
 
     def attend_backward(self, da, q, k, v, key_lengths, attended, lse, lse_low, partial):
-        """(dq, dk, dv). Not through attention's contract: v may have a width of its own."""
-        outs = [torch.empty_like(x) for x in (q, k, v)]
-        heads = [self.split(x) for x in (da, q, k, v, attended)]
-        into("attention_backward", (*map(self.split, outs), q.new_empty(0)), heads[0], None, *heads[1:4], None, key_lengths, heads[4],
-             heads[4][..., :0], lse, lse_low, False, None, False, partial)
-        return outs
+        """(dq, dk, dv) in float32; as in `attend`."""
+        da, q, k, v, out = (self.split(x.to(self.dtype)) for x in (da, q, k, v, attended))
+        low = out[..., :0] if self.dtype == torch.float32 else ((self.split(attended) - out.float()) * LOW.value).to(self.dtype)
+        grads = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v)]
+        into("attention_backward", (*grads, q.new_empty(0)), da, None, q, k, v, None, key_lengths, out, low, lse, lse_low, False, None,
+             False, partial)
+        return [g.transpose(1, 2).flatten(2).float() for g in grads]
 
 
 def _two_floats(x):
@@ -143,30 +184,30 @@ def _lengths(key_lengths, part):
     return None if key_lengths is None else (key_lengths - part.start).clamp(0, part.stop - part.start)
 
 
-def _run(args, outs):
+def _run(args, outs, means=_CPU):
     *tensors, key_lengths, heads, eps, residual = args
     out, *kept = outs
-    target, source, layer = tensors[0], tensors[1], _Layer(tensors, heads, eps)
+    target, source, layer = tensors[0], tensors[1], _Layer(tensors, heads, eps, means)
     B, M, N, width = *target.shape[:2], source.shape[1], layer.width
     if not B * M:
         return
-    whole = len(_parts(max(M, N), B * width)) <= 1
+    whole = kept[0].shape[1] == M and kept[1].shape[1] == N
 
     def finish(part, a):
-        layer.project(a, layer.out, target[:, part].float() if residual else None, out[:, part])
+        layer.project(a, layer.out, target[:, part] if residual else None, out[:, part])
 
     if whole or M > N:
         into_q, into_k, into_v, *into_a = kept if whole else (None,) * 3
-        x = layer.normed(source.float(), 1)
+        x = layer.normed(source, 1)
         k, v = layer.project(x, layer.k, out=into_k), layer.project(x, layer.v, out=into_v)
-        for part in _parts(M, B * width):
-            q = layer.project(layer.normed(target[:, part].float(), 0), layer.q, out=into_q)
+        for part in _parts(M, B * width, means):
+            q = layer.project(layer.normed(target[:, part], 0), layer.q, out=into_q)
             finish(part, layer.attend(q, k, v, key_lengths, into_a or None)[0])
         return
-    q = layer.project(layer.normed(target.float(), 0), layer.q)
-    a, top = q.new_zeros((B, M, layer.v[0].shape[0])), q.new_full((B, heads, M), -torch.inf, dtype=torch.float64)
-    for part in _parts(N, B * width):
-        x = layer.normed(source[:, part].float(), 1)
+    q = layer.project(layer.normed(target, 0), layer.q)
+    a, top = torch.zeros_like(kept[3]), q.new_full((B, heads, M), -torch.inf, dtype=torch.float64)
+    for part in _parts(N, B * width, means):
+        x = layer.normed(source[:, part], 1)
         a_part, *top_part = layer.attend(q, layer.project(x, layer.k), layer.project(x, layer.v), _lengths(key_lengths, part))
         top_part = top_part[0].double() + top_part[1]
         both = torch.logaddexp(top, top_part)
@@ -178,9 +219,9 @@ def _run(args, outs):
     finish(slice(0, M), a)
 
 
-def _run_backward(args, outs):
+def _run_backward(args, outs, means=_CPU):
     dout, *tensors, key_lengths, q, k, v, attended, lse, lse_low, heads, eps, residual = args
-    target, source, layer = tensors[0], tensors[1], _Layer(tensors, heads, eps)
+    target, source, layer = tensors[0], tensors[1], _Layer(tensors, heads, eps, means)
     B, M, N, width = *target.shape[:2], source.shape[1], layer.width
     for grad in outs[2:]:
         grad.zero_()
@@ -191,7 +232,7 @@ def _run_backward(args, outs):
         return
 
     def finish_target(part, dq, z):
-        d = layer.norm_backward(layer.project_backward(dq, z, layer.q, "q"), target[:, part].float(), 0)
+        d = layer.norm_backward(layer.project_backward(dq, z, layer.q, "q"), target[:, part], 0)
         if residual:
             torch.add(d, dout[:, part], out=dtarget[:, part])
         else:
@@ -199,31 +240,31 @@ def _run_backward(args, outs):
 
     def finish_source(part, dk, dv, x):
         d = layer.project_backward(dk, x, layer.k, "k", layer.project_backward(dv, x, layer.v, "v"))
-        dsource[:, part] = layer.norm_backward(d, source[:, part].float(), 1)
+        dsource[:, part] = layer.norm_backward(d, source[:, part], 1)
 
     whole = q.shape[1] == M and k.shape[1] == N
     if whole or M <= N:
-        z = layer.normed(target.float(), 0)
+        z = layer.normed(target, 0)
         q = q if whole else layer.project(z, layer.q)
-        da, dq = layer.project_backward(dout.float(), attended, layer.out, "out"), None
+        da, dq = layer.project_backward(dout, attended, layer.out, "out"), None
         layer.bias_backward(da if N else 0 * da, key_lengths)
-        parts = [slice(0, N)] if whole else _parts(N, B * width)
+        parts = [slice(0, N)] if whole else _parts(N, B * width, means)
         for part in parts:
-            x = layer.normed(source[:, part].float(), 1)
+            x = layer.normed(source[:, part], 1)
             k, v = (k, v) if whole else (layer.project(x, layer.k), layer.project(x, layer.v))
             dq_part, dk, dv = layer.attend_backward(da, q, k, v, _lengths(key_lengths, part), attended, lse, lse_low, len(parts) > 1)
             dq = dq_part if dq is None else dq.add_(dq_part)
             finish_source(part, dk, dv, x)
         finish_target(slice(0, M), dq, z)
     else:
-        x = layer.normed(source.float(), 1)
+        x = layer.normed(source, 1)
         k, v = layer.project(x, layer.k), layer.project(x, layer.v)
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        for part in _parts(M, B * width):
-            z = layer.normed(target[:, part].float(), 0)
+        dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+        for part in _parts(M, B * width, means):
+            z = layer.normed(target[:, part], 0)
             q = layer.project(z, layer.q)
             a, lse, lse_low = layer.attend(q, k, v, key_lengths)
-            da = layer.project_backward(dout[:, part].float(), a, layer.out, "out")
+            da = layer.project_backward(dout[:, part], a, layer.out, "out")
             layer.bias_backward(da if N else 0 * da, key_lengths)
             dq, dk_part, dv_part = layer.attend_backward(da, q, k, v, key_lengths, a, lse, lse_low, False)
             dk += dk_part
@@ -243,7 +284,7 @@ def _refuse(x, *_):
 def _plan(target, source, q_weight, k_weight, v_weight, *_):
     B, M, N, width = *target.shape[:2], source.shape[1], max(q_weight.shape[0], v_weight.shape[0])
     side, n = ("source", N) if M <= N else ("target", M)
-    kind, count = "read" if M <= N else "write", len(_parts(n, B * width))
+    kind, count = "read" if M <= N else "write", len(_parts(n, B * width, _CPU))
     if count <= 1:
         return f"{kind}: in one part, whose projections are kept for backward"
     return f"{kind}: the {side}'s {n} rows in {count} parts, each one's projections in cache and then forgotten"
@@ -251,7 +292,42 @@ def _plan(target, source, q_weight, k_weight, v_weight, *_):
 
 def _cpu(run, plan=None):
     why = native.WHY_NOT["cpu"]
-    return Backend("cpu", ("cpu",), run, None, _refuse, why and f"native library: {why}", plan)
+    return backend.Backend("cpu", ("cpu",), run, None, _refuse, why and f"native library: {why}", plan)
+
+
+# In one kernel, on a GPU, where it fits the chip; else, and in the backward pass, by parts.
+
+def _why_parts(tensors, heads):
+    (M, _), N = tensors[0].shape[1:], tensors[1].shape[1]
+    A, V, O = (tensors[i].shape[0] for i in (2, 4, 5))
+    return triton.refuse("read" if M <= N else "write", tensors[0], A // heads, V // heads, O)
+
+
+def _run_triton(args, outs):
+    *tensors, key_lengths, heads, eps, residual = args
+    out, *_, attended, lse, lse_low = outs
+    target, source = tensors[:2]
+    if _why_parts(tensors, heads):
+        _run(args, outs, _GPU)
+    elif out.numel():
+        layer = _Layer(tensors, heads, eps, _GPU)
+        if target.shape[1] <= source.shape[1]:
+            q = layer.project(layer.normed(target, 0), layer.q)
+            triton.read(q, source, layer.k, layer.v, layer.norms[1], key_lengths, heads, eps, attended, lse, lse_low)
+            y = layer.project(attended, layer.out)
+            out.copy_(y.float().add_(target.float()) if residual else y)
+        else:
+            x = layer.normed(source, 1)
+            triton.write(target, layer.project(x, layer.k), layer.project(x, layer.v), layer.q, *layer.out, layer.norms[0], key_lengths,
+                         heads, eps, residual, out)
+
+
+def _plan_triton(target, source, *args):
+    tensors, heads = (target, source, *args[:12]), args[13]
+    why = _why_parts(tensors, heads)
+    if why:
+        return f"by parts on torch's products and attention: {why}"
+    return "one kernel from source to attended targets" if target.shape[1] <= source.shape[1] else "one kernel from norm to residual"
 
 
 def _reference(*args):
@@ -261,12 +337,13 @@ def _reference(*args):
 
 CROSS = contract(f"cross_attend({_SCHEMA}, int heads, float eps, bool residual) -> ({', '.join(['Tensor'] * 7)})", outputs=_outputs,
                  values=lambda *args: lengths_within("cross_attend", args[14], args[1].shape[1]),
-                 reference=_reference, backends=(_cpu(_run, _plan),), module=__name__)
+                 reference=_reference, module=__name__,
+                 backends=(backend.triton(_run_triton, plan=_plan_triton), _cpu(_run, _plan)))
 BACKWARD = contract(
     f"cross_attend_backward(Tensor dout, {_SCHEMA}, Tensor q, Tensor k, Tensor v, Tensor attended, Tensor lse, Tensor lse_low, int heads, "
     f"float eps, bool residual) -> "
     f"({', '.join(['Tensor'] * len(_TENSORS))})", outputs=_backward_outputs, reference=reference.cross_attend_backward,
-    backends=(_cpu(_run_backward),), module=__name__)
+    backends=(backend.triton(lambda args, outs: _run_backward(args, outs, _GPU)), _cpu(_run_backward)), module=__name__)
 
 
 def _save(ctx, args, outs):
@@ -305,7 +382,8 @@ def cross_attend(target, source, q_weight, k_weight, v_weight, out_weight, *, he
     Shapes   target (B, M, D), source (B, N, C); weights as in nn.Linear: q (A, D), k (A, C), v (V, C), out (O, V), heads divides A and
              V -> (B, M, O), O = D with the residual; key_lengths (B,) int64 in [0, N] hides source rows from there on
     Options  *_norm = (weight, bias) of a LayerNorm, or None. A read has M <= N (Perceiver, RIN: latents from tokens), a write M > N
-    Dtypes   float32, float16, bfloat16, float64; all equal; computed in float32 (float64 in the reference)
+    Dtypes   float32, float16, bfloat16, float64; all equal; computed in float32 (float64 in the reference); on a GPU bfloat16 is rounded
+             between products, as in PyTorch's layers
     Grads    target, source, weights, biases, norms; first order by parts, computed again; higher orders and forward mode by the reference
     Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
     Source   Jabri et al. 2022, section 3.1; Jaegle et al. 2021, section 3.1

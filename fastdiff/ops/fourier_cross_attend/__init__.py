@@ -9,7 +9,7 @@ from ...core.backend import cpu
 from ...core.check import dims, fail, integers, option, pair, tensor
 from ...core.contract import contract, without_autocast
 from ..linear import linear
-from . import reference
+from . import reference, triton
 
 _ORDERS = ("kind", "axis")
 
@@ -47,12 +47,12 @@ def _plan(u, rows, columns, planes, *_):
 GRID = contract(
     "grid_attention(Tensor u, Tensor rows, Tensor columns, Tensor planes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", outputs=_outputs,
     reference=reference.grid_attention, module=__name__,
-    backends=(cpu("grid_attention", dtypes=None, refuse=_refuse, plan=_plan),))
+    backends=(triton.FORWARD, cpu("grid_attention", dtypes=None, refuse=_refuse, plan=_plan)))
 BACKWARD = contract(
     "grid_attention_backward(Tensor dsums, Tensor drow_sums, Tensor dcolumn_sums, Tensor u, Tensor rows, Tensor columns, Tensor planes, "
     "Tensor sums, Tensor row_sums, Tensor column_sums, Tensor lse, Tensor lse_low, bool planes_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     outputs=_backward_outputs, reference=reference.grid_attention_backward, module=__name__,
-    backends=(cpu("grid_attention_backward", dtypes=None, refuse=_refuse),))
+    backends=(triton.BACKWARD, cpu("grid_attention_backward", dtypes=None, refuse=_refuse)))
 
 
 def _save(ctx, args, outs):
