@@ -37,8 +37,9 @@ def test_several_parts_are_one(M, N, monkeypatch):
     """A part is of no fewer than 256 rows: a long side of 900 has three."""
     exact, wanted = _layer(M, N), None
     module = sys.modules[ops.cross_attend.__module__]
-    for chunk in (1 << 20, 1024):
-        monkeypatch.setattr(module, "_CPU", module._CPU._replace(chunk=chunk))
+    monkeypatch.setattr(module, "_CPU", module._CPU._replace(chunk=1024))
+    for kept in (module.KEPT, 0):
+        monkeypatch.setattr(module, "KEPT", kept)
         leaves = _layer(M, N, torch.float32)
         out = ops.cross_attend(**leaves, heads=2)
         grads = torch.autograd.grad(out.square().sum(), list(leaves.values()))

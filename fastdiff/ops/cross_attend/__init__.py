@@ -57,9 +57,9 @@ class _Means(NamedTuple):
     narrow: tuple
 
 
-# On a CPU two projections stay in a last-level cache. On a GPU a part fills the chip, and bfloat16 is rounded between products, as
+# On a CPU what a part needs stays in cache. On a GPU a part fills the chip, and bfloat16 is rounded between products, as
 # PyTorch's own layers do; float16 would lack the range where only what stands between is large.
-_CPU, _GPU = _Means(_own_linear, 1 << 20, ()), _Means(_torch_linear, 1 << 26, (torch.bfloat16,))
+_CPU, _GPU = _Means(_own_linear, 1 << 19, ()), _Means(_torch_linear, 1 << 26, (torch.bfloat16,))
 
 
 def _parts(n, width, means):
@@ -68,12 +68,14 @@ def _parts(n, width, means):
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
+KEPT = 1 << 20  # numbers of one projection that forward keeps for backward at the most
+
+
 def _kept(target, N, width):
-    """Rows of q, of k and v, and of what was attended that forward keeps for backward: on a CPU (that does not interpret Triton, whose
-    kernels make no k and v) all of a call of one part, which bounds them; else of a short target what was attended, and the rest is
-    computed again."""
+    """Rows of q, of k and v, and of what was attended that forward keeps: all where they are few, on a CPU (that does not interpret
+    Triton, whose kernels make no k and v); else of a short target what was attended, and the rest is computed again."""
     B, M = target.shape[:2]
-    if target.device.type == "cpu" and not jit.INTERPRET and len(_parts(max(M, N), B * width, _CPU)) <= 1:
+    if target.device.type == "cpu" and not jit.INTERPRET and B * max(M, N) * width <= KEPT:
         return M, N, M
     return 0, 0, M if M <= N else 0
 
@@ -200,7 +202,7 @@ def _run(args, outs, means=_CPU):
         into_q, into_k, into_v, *into_a = kept if whole else (None,) * 3
         x = layer.normed(source, 1)
         k, v = layer.project(x, layer.k, out=into_k), layer.project(x, layer.v, out=into_v)
-        for part in _parts(M, B * width, means):
+        for part in [slice(0, M)] if whole else _parts(M, B * width, means):
             q = layer.project(layer.normed(target[:, part], 0), layer.q, out=into_q)
             finish(part, layer.attend(q, k, v, key_lengths, into_a or None)[0])
         return
@@ -283,11 +285,11 @@ def _refuse(x, *_):
 
 def _plan(target, source, q_weight, k_weight, v_weight, *_):
     B, M, N, width = *target.shape[:2], source.shape[1], max(q_weight.shape[0], v_weight.shape[0])
-    side, n = ("source", N) if M <= N else ("target", M)
-    kind, count = "read" if M <= N else "write", len(_parts(n, B * width, _CPU))
-    if count <= 1:
-        return f"{kind}: in one part, whose projections are kept for backward"
-    return f"{kind}: the {side}'s {n} rows in {count} parts, each one's projections in cache and then forgotten"
+    kind, side, n = ("read", "source", N) if M <= N else ("write", "target", M)
+    if _kept(target, N, width)[0] == M:
+        return f"{kind}: at once; its projections are kept for backward"
+    parts = len(_parts(n, B * width, _CPU))
+    return f"{kind}: the {side}'s {n} rows in {parts} parts, each one's projections in cache and then forgotten"
 
 
 def _cpu(run, plan=None):
