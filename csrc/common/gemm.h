@@ -34,10 +34,35 @@ enum class A { rows, columns };  // element (i, k) at i * stride + k, or at k * 
 typedef float half_f32 __attribute__((vector_size(2 * kLanes)));
 inline bool ends_in_half(int64_t columns) { return kLanes == 16 && (columns - 1) % kLanes < kLanes / 2; }
 
+// What multiplies: a and B hold floats, or pairs of bfloat16 in a float's bits, where the processor multiplies those. A product of two bfloat16
+// is exact in float32, so that the sums are those of the same numbers as floats.
+struct Floats {
+  template <class V>
+  static V add_product(V acc, float x, V row) { return acc + x * row; }
+};
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+struct Pairs {
+  static f32 add_product(f32 acc, float x, f32 row) { return (f32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_ps(x), (__m512bh)row); }
+  static half_f32 add_product(half_f32 acc, float x, half_f32 row) {
+    return (half_f32)_mm256_dpbf16_ps((__m256)acc, (__m256bh)_mm256_set1_ps(x), (__m256bh)row);
+  }
+};
+#else
+constexpr bool kPairs = false;
+using Pairs = Floats;
+#endif
+inline int64_t pairs(int64_t n) { return (n + 1) / 2; }
+
+struct Unscaled {
+  template <class V>
+  friend V operator*(V x, Unscaled) { return x; }
+};
+
 // V vectors of columns, the last one a half with `half`. Every element is one chain of FMAs over k from zero, whatever the tile: equal rows
 // and columns give equal bits. Adding C last keeps the chain, and with it the rounding error, to the length of one block.
-template <int R, int V, bool half, A order, bool add>
-inline void tile(int64_t K, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
+template <int R, int V, bool half, A order, bool add, class Math, class Scale>
+inline void tile(int64_t K, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, Scale scale) {
   constexpr int whole = V - half;
   f32 acc[R][V];
   half_f32 tail[R];
@@ -58,51 +83,51 @@ inline void tile(int64_t K, const float* a, int64_t a_stride, const float* b, in
     for (int r = 0; r < R; ++r) {
       const float x = order == A::rows ? a[r * a_stride + k] : a[k * a_stride + r];
 #pragma GCC unroll 4
-      for (int v = 0; v < whole; ++v) acc[r][v] += x * row[v];
-      if constexpr (half) tail[r] += x * last;
+      for (int v = 0; v < whole; ++v) acc[r][v] = Math::add_product(acc[r][v], x, row[v]);
+      if constexpr (half) tail[r] = Math::add_product(tail[r], x, last);
     }
   }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
     float* out = c + r * c_stride;
 #pragma GCC unroll 4
-    for (int v = 0; v < whole; ++v) store(out + v * kLanes, add ? load(out + v * kLanes) + acc[r][v] : acc[r][v]);
+    for (int v = 0; v < whole; ++v) store(out + v * kLanes, add ? load(out + v * kLanes) + acc[r][v] : acc[r][v] * scale);
     if constexpr (half) {
       out += whole * kLanes;
       if constexpr (!add) store(out, f32{});
-      const half_f32 sum = add ? load_as<half_f32>(out) + tail[r] : tail[r];
+      const half_f32 sum = add ? load_as<half_f32>(out) + tail[r] : tail[r] * scale;
       std::memcpy(out, &sum, sizeof sum);
     }
   }
 }
 
-template <int V, bool half, A order, bool add>
-inline void panel(int64_t M, int64_t K, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
+template <int V, bool half, A order, bool add, class Math, class Scale>
+inline void panel(int64_t M, int64_t K, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, Scale scale) {
   const int64_t step = order == A::rows ? a_stride : 1;
   int64_t i = 0;
-  for (; i + kRows <= M; i += kRows) tile<kRows, V, half, order, add>(K, a + i * step, a_stride, b, b_stride, c + i * c_stride, c_stride);
+  for (; i + kRows <= M; i += kRows) tile<kRows, V, half, order, add, Math>(K, a + i * step, a_stride, b, b_stride, c + i * c_stride, c_stride, scale);
   a += i * step;
   c += i * c_stride;
   switch (M - i) {
-    case 1: return tile<1, V, half, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
-    case 2: return tile<2, V, half, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
-    case 3: return tile<3, V, half, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
-    case 4: return tile<4, V, half, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
-    case 5: return tile<5, V, half, order, add>(K, a, a_stride, b, b_stride, c, c_stride);
+    case 1: return tile<1, V, half, order, add, Math>(K, a, a_stride, b, b_stride, c, c_stride, scale);
+    case 2: return tile<2, V, half, order, add, Math>(K, a, a_stride, b, b_stride, c, c_stride, scale);
+    case 3: return tile<3, V, half, order, add, Math>(K, a, a_stride, b, b_stride, c, c_stride, scale);
+    case 4: return tile<4, V, half, order, add, Math>(K, a, a_stride, b, b_stride, c, c_stride, scale);
+    case 5: return tile<5, V, half, order, add, Math>(K, a, a_stride, b, b_stride, c, c_stride, scale);
   }
 }
 
-// C (M, columns) = A (M, K) B (K, columns), or += with add. C's columns beyond, up to a whole vector, become 0 if B's are.
-template <A order, bool add>
-void gemm(int64_t M, int64_t columns, int64_t K, const float* a, int64_t a_stride, Matrix b, float* c, int64_t c_stride) {
+// C (M, columns) = scale A (M, K) B (K, columns), or += A B with add; K counts floats or pairs. C's columns beyond, up to a whole vector, become 0 if B's are.
+template <A order, bool add, class Math = Floats, class Scale = Unscaled>
+void gemm(int64_t M, int64_t columns, int64_t K, const float* a, int64_t a_stride, Matrix b, float* c, int64_t c_stride, Scale scale = {}) {
   const Panels panels(vectors(columns));
   for (int p = 0; p < panels.count; ++p) {
     const int width = panels.width(p), first = panels.first(p) * kLanes;
     const float* source = b.data + (b.stride ? first : first * K);
     const int64_t stride = b.stride ? b.stride : width * kLanes;
     const auto run = [&]<int V>() {
-      if (p + 1 == panels.count && ends_in_half(columns)) panel<V, true, order, add>(M, K, a, a_stride, source, stride, c + first, c_stride);
-      else panel<V, false, order, add>(M, K, a, a_stride, source, stride, c + first, c_stride);
+      if (p + 1 == panels.count && ends_in_half(columns)) panel<V, true, order, add, Math>(M, K, a, a_stride, source, stride, c + first, c_stride, scale);
+      else panel<V, false, order, add, Math>(M, K, a, a_stride, source, stride, c + first, c_stride, scale);
     };
     switch (width) {
       case 1: run.template operator()<1>(); break;
@@ -125,8 +150,8 @@ void pack_rows(int64_t rows, int64_t columns, const T* x, int64_t stride, float 
 }
 
 // Rows of T to packed panels of their transpose, scaled: B of K = columns, with the rows for its columns, padded with zeros.
-template <class T>
-void pack_transposed(int64_t rows, int64_t columns, const T* x, int64_t stride, float scale, float* out) {
+template <class T, class Scale>
+void pack_transposed(int64_t rows, int64_t columns, const T* x, int64_t stride, Scale scale, float* out) {
   const Panels panels(vectors(rows));
   for (int p = 0; p < panels.count; ++p) {
     const int width = panels.width(p) * kLanes;
@@ -144,6 +169,15 @@ void pack_transposed(int64_t rows, int64_t columns, const T* x, int64_t stride, 
         transpose(v);
         for (int e = 0; e < n; ++e) store(block + (j + e) * width + r0, v[e]);
       }
+  }
+}
+
+// Rows of bfloat16 to rows of pairs, (rows, padded(pairs(columns))), padded with zeros.
+inline void pack_pairs(int64_t rows, int64_t columns, const bf16* x, int64_t stride, float* out) {
+  const int64_t width = padded(pairs(columns));
+  for (int64_t i = 0; i < rows; ++i, x += stride, out += width) {
+    if (2 * width != columns) store(out + width - kLanes, f32{});
+    std::memcpy(out, x, columns * sizeof(bf16));
   }
 }
 

@@ -16,12 +16,12 @@ Isa detect() {
     best = Isa::avx2;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-      best = Isa::avx512;
+      best = __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
   }
 #endif
   const char* text = std::getenv("FASTDIFF_ISA");
   const std::string_view wanted = text ? text : "";
-  const Isa cap = wanted == "baseline" ? Isa::baseline : wanted == "avx2" ? Isa::avx2 : Isa::avx512;
+  const Isa cap = wanted == "baseline" ? Isa::baseline : wanted == "avx2" ? Isa::avx2 : wanted == "avx512" ? Isa::avx512 : Isa::avx512bf16;
   return cap < best ? cap : best;
 }
 

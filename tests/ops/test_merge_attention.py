@@ -28,7 +28,7 @@ for dtype in (torch.float16, torch.bfloat16):
 """
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
 def test_every_half_number_survives_conversion(isa):
     done = subprocess.run([sys.executable, "-c", CHECK], env=os.environ | {"FASTDIFF_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

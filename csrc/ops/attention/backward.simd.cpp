@@ -5,16 +5,19 @@ namespace {
 
 // Scratch of an item, in floats. dq, dk, dv: sums while the item runs, used where they do not go to a partial buffer.
 struct Layout {
-  int64_t width, v_width, stride, stats, kt, vt, k, q, dout, s, ds, dq, dk, dv, total;
+  int64_t width, v_width, stride, stats, kt, vt, rows_of_pairs, k, q, dout, as_pairs, s, ds, dq, dk, dv, total;
   Layout(const Problem& p, const Plan& plan) : width(padded(p.E)), v_width(padded(p.V)), stride(score_stride(plan)) {
     const int64_t keys = plan.key_block, rows = plan.query_block, columns = padded(keys);
     stats = 0;
     kt = stats + (plan.query_rows * 4 + 15) / 16 * 16;
     vt = kt + most(p.E, p.V) * columns;  // row_stats has transposed rows of V there
-    k = vt + p.V * columns;
+    const int64_t paired = by_pairs(p) ? padded(pairs(most(p.E, p.V))) : 0;
+    rows_of_pairs = vt + p.V * columns;
+    k = rows_of_pairs + keys * paired;
     q = k + keys * width;
     dout = q + rows * width;
-    s = dout + rows * v_width;
+    as_pairs = dout + rows * v_width;
+    s = as_pairs + rows * paired;
     ds = s + rows * stride;
     dk = ds + rows * stride;
     dv = dk + keys * width;
@@ -126,12 +129,13 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
     clear(dk, keys * w);
     clear(dv, keys * vw);
     const int64_t visible = least(keys, p.seen(item.b, item.m1 - 1) - n0), width = padded(visible);
-    if (visible > 0)
+    if (visible > 0) {
+      pack_keys(p, visible, p.E, p.k, item.b, item.h, n0, scratch + at.rows_of_pairs, kt);
+      pack_keys(p, visible, p.V, p.v, item.b, item.h, n0, scratch + at.rows_of_pairs, vt);
       typed(p.type, [&]<class T>() {
-        pack_transposed(visible, p.E, row<T>(p.k, item.b, item.h, n0), p.k.s, 1.0f, kt);
-        pack_transposed(visible, p.V, row<T>(p.v, item.b, item.h, n0), p.v.s, 1.0f, vt);
         pack_rows(visible, p.E, row<T>(p.k, item.b, item.h, n0), p.k.s, 1.0f, k);
       });
+    }
     for (int64_t r = 0; r < rows; r += plan.query_block) {
       const int64_t n = least(plan.query_block, rows - r), m = item.m0 + r;
       const bool hidden = p.seen(item.b, m + n - 1) <= n0;
@@ -140,9 +144,9 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
           pack_rows(n, p.E, row<T>(p.q, item.b, item.h, m), p.q.s, p.scale, q);
           pack_rows(n, p.V, row<T>(in.dout, item.b, item.h, m), in.dout.s, 1.0f, dout);
         });
-        gemm<A::rows, false>(n, visible, p.E, q, w, {kt, 0}, s, stride);
+        multiply(p, n, visible, p.E, p.q, item.b, item.h, m, p.scale, q, scratch + at.as_pairs, kt, s, stride);
         if (p.bias || visible != width || p.seen(item.b, m) < n0 + visible) mask(p, item, m, n, n0, visible, s, stride);
-        gemm<A::rows, false>(n, visible, p.V, dout, vw, {vt, 0}, ds, stride);
+        multiply(p, n, visible, p.V, in.dout, item.b, item.h, m, 1.0f, dout, scratch + at.as_pairs, vt, ds, stride);
         if (whole) whole_probabilities(n, width, s, ds, stride, dlse ? dlse + r : nullptr);
         else
           for (int64_t i = 0; i < n; ++i) probabilities(s + i * stride, ds + i * stride, width, stats + 4 * (r + i));

@@ -5,14 +5,15 @@ namespace {
 
 // Scratch of an item, in floats.
 struct Layout {
-  int64_t q_width, width, stride, q, out, maxima, sums, k, v, s, total;
+  int64_t q_width, width, stride, q, out, maxima, sums, k, rows_of_pairs, v, s, total;
   Layout(const Problem& p, const Plan& plan) : q_width(padded(p.E)), width(padded(p.V)), stride(score_stride(plan)) {
     q = 0;
     out = q + plan.query_rows * q_width;
     maxima = out + plan.query_rows * width;
     sums = maxima + padded(plan.query_rows) + kLanes;
     k = sums + padded(plan.query_rows) + kLanes;
-    v = k + p.E * padded(plan.key_block);
+    rows_of_pairs = k + p.E * padded(plan.key_block);
+    v = rows_of_pairs + (by_pairs(p) ? plan.key_block * padded(pairs(p.E)) : 0);
     s = v + plan.key_block * width;
     total = s + plan.query_block * stride;
   }
@@ -73,21 +74,22 @@ void run(const Problem& p, const Plan& plan, const ForwardOut& o, int64_t index,
   float* out = whole ? scratch + at.out : o.partial + index * plan.query_rows * at.width;
   for (int64_t i = 0; i < rows * at.width; i += kLanes) store(out + i, f32{});
   for (int64_t i = 0; i < padded(rows) + kLanes; i += kLanes) store(maxima + i, splat(-kInf)), store(sums + i, f32{});
-  typed(p.type, [&]<class T>() {
-    pack_rows(rows, p.E, row<T>(p.q, item.b, item.h, item.m0), p.q.s, p.scale, q);
-  });
+  if (!by_pairs(p))
+    typed(p.type, [&]<class T>() {
+      pack_rows(rows, p.E, row<T>(p.q, item.b, item.h, item.m0), p.q.s, p.scale, q);
+    });
 
   const int64_t last = least(item.n1, p.seen(item.b, item.m1 - 1));
   for (int64_t n0 = item.n0; n0 < last; n0 += plan.key_block) {
     const int64_t keys = least(plan.key_block, last - n0), width = padded(keys);
+    pack_keys(p, keys, p.E, p.k, item.b, item.h, n0, scratch + at.rows_of_pairs, kt);
     typed(p.type, [&]<class T>() {
-      pack_transposed(keys, p.E, row<T>(p.k, item.b, item.h, n0), p.k.s, 1.0f, kt);
       pack_rows(keys, p.V, row<T>(p.v, item.b, item.h, n0), p.v.s, 1.0f, v);
     });
     for (int64_t r = 0; r < rows; r += plan.query_block) {
       const int64_t n = least(plan.query_block, rows - r);
       if (p.seen(item.b, item.m0 + r + n - 1) <= n0) continue;
-      gemm<A::rows, false>(n, keys, p.E, q + r * at.q_width, at.q_width, {kt, 0}, s, at.stride);
+      multiply(p, n, keys, p.E, p.q, item.b, item.h, item.m0 + r, p.scale, q + r * at.q_width, q, kt, s, at.stride);
       if (p.bias || keys != width || p.seen(item.b, item.m0 + r) < n0 + keys) mask(p, item, item.m0 + r, n, n0, keys, s, at.stride);
       online_softmax(n, width, s, at.stride, maxima + r, sums + r, out + r * at.width, at.width);
       gemm<A::rows, true>(n, p.V, keys, s, at.stride, {v, at.width}, out + r * at.width, at.width);

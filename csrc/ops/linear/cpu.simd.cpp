@@ -37,13 +37,19 @@ int64_t scratch(const Plan& plan) {
   return plan.rows * padded(plan.columns) + (by_rows > by_columns ? by_rows : by_columns);
 }
 
-void pack(const Problem& p, const Plan& plan, int64_t k0, int64_t block, float* packed) {
+// Whether pairs of bfloat16 are multiplied as they are: where both sides have them together in memory.
+inline bool by_pairs(const Problem& p) { return kPairs && p.type == Type::bf16 && p.x.column == 1 && p.weight.column == 1; }
+
+void pack(const Problem& p, const Plan& plan, int64_t k0, int64_t block, float* packed, float* scratch) {
   const int64_t n0 = block * plan.columns, columns = least(plan.columns, p.N - n0), end = least(p.K, k0 + plan.slab);
   float* out = packed + block * plan.slab * padded(plan.columns);
   typed(p.type, [&]<class T>() {
     for (int64_t k = k0; k < end; k += plan.depth, out += plan.depth * padded(columns)) {
       const int64_t depth = least(plan.depth, end - k);
-      if (p.weight.column == 1) pack_transposed(columns, depth, at<T>(p.weight, n0, k), p.weight.row, 1.0f, out);
+      if (by_pairs(p)) {
+        pack_pairs(columns, depth, at<bf16>(p.weight, n0, k), p.weight.row, scratch);
+        pack_transposed(columns, pairs(depth), scratch, padded(pairs(depth)), Unscaled{}, out);
+      } else if (p.weight.column == 1) pack_transposed(columns, depth, at<T>(p.weight, n0, k), p.weight.row, Unscaled{}, out);
       else pack_panels(depth, columns, at<T>(p.weight, n0, k), p.weight.column, out);
     }
   });
@@ -69,6 +75,11 @@ void run_typed(const Problem& p, const Plan& plan, int64_t k0, const float* pack
   const float* w = packed + block * plan.slab * padded(plan.columns);
   for (int64_t k = k0; k < end; k += plan.depth, w += plan.depth * width) {
     const int64_t depth = least(plan.depth, end - k);
+    if (by_pairs(p)) {
+      pack_pairs(rows, depth, at<bf16>(p.x, m0, k), p.x.row, lines);
+      gemm<A::rows, true, Pairs>(rows, columns, pairs(depth), lines, padded(pairs(depth)), {w, 0}, y, width);
+      continue;
+    }
     // x as lines that are contiguous, its rows or its columns; copied unless they are rows of floats, which are read as they lie.
     const bool by_rows = p.x.column == 1;
     const T* x = at<T>(p.x, m0, k);

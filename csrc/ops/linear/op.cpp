@@ -45,7 +45,8 @@ void linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>
   const Buffer packed = allocate(plan.packs(p) * plan.slab * width);
   const Buffer sums = allocate(plan.slab < p.K ? plan.items(p) * plan.rows * width : 0);
   for (int64_t k = 0; k < std::max<int64_t>(1, p.K); k += plan.slab) {
-    for_items(plan.packs(p), 0, [&](int64_t block, float*) { kernels.pack(p, plan, k, block, packed.get()); });
+    for_items(plan.packs(p), plan.columns * kernels.padded(plan.depth),
+              [&](int64_t block, float* scratch) { kernels.pack(p, plan, k, block, packed.get(), scratch); });
     for_items(plan.items(p), kernels.scratch(plan),
               [&](int64_t item, float* scratch) { kernels.run(p, plan, k, packed.get(), sums.get(), item, scratch); });
   }

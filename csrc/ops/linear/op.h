@@ -35,8 +35,9 @@ struct Plan {
 struct Kernels {
   int64_t (*scratch)(const Plan&);  // floats an item needs
   int64_t (*padded)(int64_t columns);
-  // Block `block` of W's rows, y's columns, over the slab from k0 on, into its place in `packed`: (packs, slab, padded(columns)).
-  void (*pack)(const Problem&, const Plan&, int64_t k0, int64_t block, float* packed);
+  // Block `block` of W's rows, y's columns, over the slab from k0 on, into its place in `packed`: (packs, slab, padded(columns)). scratch: columns x
+  // depth floats.
+  void (*pack)(const Problem&, const Plan&, int64_t k0, int64_t block, float* packed, float* scratch);
   // One block of y over one slab. sums: (items, rows, padded(columns)) where there are several slabs, else null.
   void (*run)(const Problem&, const Plan&, int64_t k0, const float* packed, float* sums, int64_t item, float* scratch);
 };
