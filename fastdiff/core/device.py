@@ -9,7 +9,7 @@ from . import native
 
 @lru_cache(None)
 def isa():
-    """ISA level that the CPU kernels run: baseline, avx2, avx512 or avx512bf16 (FASTDIFF_ISA forces a lower one); None without the library."""
+    """ISA level that the CPU kernels run, baseline to avx512bf16 (FASTDIFF_ISA forces a lower one); None without the library."""
     which = native.op("cpu", "isa")
     return ("baseline", "avx2", "avx512", "avx512bf16")[which()] if which else None
 
