@@ -1,25 +1,10 @@
 import pytest
 import torch
 
-from fastdiff.demo import define_torchvision_operators
-
 
 @pytest.fixture
-def rin_attention():
-    pytest.importorskip("beartype", reason="rin-pytorch's imports are not installed")
-    define_torchvision_operators()
-    return pytest.importorskip("rin_pytorch", reason="rin-pytorch is not installed").rin_pytorch.Attention
-
-
-@pytest.fixture
-def perceiver_pytorch():
-    return pytest.importorskip("perceiver_pytorch", reason="perceiver-pytorch is not installed")
-
-
-@pytest.fixture
-def transformers_perceiver():
-    define_torchvision_operators()
-    return pytest.importorskip("transformers.models.perceiver.modeling_perceiver", reason="transformers is not installed")
+def rin_attention(rin_pytorch):
+    return rin_pytorch.rin_pytorch.Attention
 
 
 @pytest.fixture
