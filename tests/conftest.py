@@ -1,9 +1,11 @@
-"""Options of the suite: how long it looks, and where."""
+"""Options of the suite: how long it looks, and where; and the packages it looks at, where they are installed."""
 
 import os
 
 import pytest
 import torch
+
+from fastdiff.demo import define_torchvision_operators
 
 
 def pytest_addoption(parser):
@@ -18,3 +20,22 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def device(request):
     return request.config.getoption("--device")
+
+
+@pytest.fixture
+def perceiver_pytorch():
+    return pytest.importorskip("perceiver_pytorch", reason="perceiver-pytorch is not installed")
+
+
+@pytest.fixture
+def rin_pytorch():
+    pytest.importorskip("beartype", reason="rin-pytorch's imports are not installed")
+    define_torchvision_operators()
+    return pytest.importorskip("rin_pytorch", reason="rin-pytorch is not installed")
+
+
+@pytest.fixture
+def transformers_perceiver():
+    """The module that has transformers' Perceivers."""
+    define_torchvision_operators()
+    return pytest.importorskip("transformers.models.perceiver.modeling_perceiver", reason="transformers is not installed")

@@ -8,7 +8,10 @@ from functools import lru_cache
 
 import torch
 
+from ..nn import foreign
 from ..ops import attention, fourier_cross_attend
+
+_TRANSFORMERS = "transformers.models.perceiver.modeling_perceiver"
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,12 @@ def hidden(q, mask):
     return q * seen, bias
 
 
+def _watched(*modules):
+    """Whether modules that a replacement does not call have hooks, or a forward of their own, that it would leave out."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any("forward" in m.__dict__ or any(getattr(m, h) for h in hooks) for m in modules)
+
+
 def _rin(plain):
     def forward(self, q, k, v, mask=None):
         if q.device.type not in ("cpu", "cuda") or (self.training and self.attn_dropout.p > 0):
@@ -97,10 +106,9 @@ def _perceiver(plain):
 def _perceiver_model(plain):
     def forward(self, data, mask=None, return_embeddings=False, block_outputs=None, return_hiddens=False):
         reads = [block.cross_attn for block in self.layers]
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        hooked = any(getattr(m, h) for read in reads for m in read.modules() for h in hooks)
-        if (mask is not None or block_outputs is not None or return_hiddens or hooked or data.dim() != self.input_axis + 2
-                or data.device.type not in ("cpu", "cuda") or (self.training and any(r.fn.dropout.p > 0 for r in reads))):
+        if (mask is not None or block_outputs is not None or return_hiddens or _watched(*(m for r in reads for m in r.modules()))
+                or data.dim() != self.input_axis + 2 or data.device.type not in ("cpu", "cuda")
+                or (self.training and any(r.fn.dropout.p > 0 for r in reads))):
             return plain(self, data, mask, return_embeddings, block_outputs, return_hiddens)
         x, image = self.latents.expand(data.shape[0], -1, -1), data.movedim(-1, 1)
         for block, read in zip(self.layers, reads, strict=True):
@@ -118,6 +126,82 @@ def _perceiver_model(plain):
     return forward
 
 
+def _transformers(plain):
+    def forward(self, hidden_states, attention_mask=None, inputs=None, inputs_mask=None, output_attentions=False):
+        x, mask = self.layernorm1(hidden_states), attention_mask if inputs is None else inputs_mask
+        q = self.query(x)
+        # The lowest float16 is not so low that float32 sums of scores and it are all alike, as those of a query without keys are there.
+        if (output_attentions or x.device.type not in ("cpu", "cuda") or (self.dropout.training and self.dropout.p > 0)
+                or (mask is not None and (q.dtype is torch.float16 or not mask.is_floating_point()))):
+            return plain(self, hidden_states, attention_mask, inputs, inputs_mask, output_attentions)
+        source = self.layernorm2(inputs)
+        source = x if source is None else source
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, self.key(source), self.value(source)))
+        if mask is not None and mask.dtype != q.dtype:
+            # Under autocast: the lowest float32, which hides a key, would be -inf.
+            mask = mask.to(q.dtype).clamp(min=torch.finfo(q.dtype).min)
+        return (attention(q, k, v, bias=mask).transpose(1, 2).flatten(2),)
+
+    return forward
+
+
+def _transformers_model(plain):
+    package = importlib.import_module(_TRANSFORMERS)
+
+    def forward(self, inputs, attention_mask=None, subsampled_output_points=None, output_attentions=None, output_hidden_states=None,
+                interpolate_pos_encoding=False, return_dict=None, **rest):
+        wanted = lambda option, name: getattr(self.config, name) if option is None else option
+        read, positions = self.encoder.cross_attention, self.input_preprocessor.position_embeddings
+        attend, out = read.attention.self, read.attention.output.dense
+        if (attention_mask is not None or subsampled_output_points is not None or wanted(output_attentions, "output_attentions")
+                or wanted(output_hidden_states, "output_hidden_states") or inputs.dim() != positions.num_dimensions + 2
+                or inputs.device.type not in ("cpu", "cuda") or (attend.dropout.training and attend.dropout.p > 0)
+                or _watched(self.encoder, read, *read.attention.modules(), *self.input_preprocessor.modules())):
+            return plain(self, inputs, attention_mask, subsampled_output_points, output_attentions, output_hidden_states,
+                         interpolate_pos_encoding, return_dict, **rest)
+        x, image = self.embeddings(batch_size=inputs.shape[0]), inputs if inputs.dim() == 4 else inputs.transpose(1, 2)
+        x = fourier_cross_attend(
+            x, image, attend.query.weight, attend.key.weight, attend.value.weight, out.weight, bands=positions.num_bands,
+            max_freq=tuple(map(float, positions.max_resolution)), heads=attend.num_heads, q_bias=attend.query.bias,
+            k_bias=attend.key.bias, v_bias=attend.value.bias, out_bias=out.bias,
+            target_norm=(attend.layernorm1.weight, attend.layernorm1.bias),
+            source_norm=(attend.layernorm2.weight, attend.layernorm2.bias), eps=attend.layernorm1.eps,
+            residual=read.attention.use_query_residual)
+        x = package.apply_chunking_to_forward(read.feed_forward_chunk, read.chunk_size_feed_forward, read.seq_len_dim, x) + x
+        for layer in [*self.encoder.self_attends] * self.encoder.config.num_blocks:
+            x = layer(x)[0]
+        logits = None
+        if self.decoder:
+            logits = self.decoder(self.decoder.decoder_query(inputs), z=x).logits  # of the inputs it takes their number alone
+            if self.output_postprocessor:
+                logits = self.output_postprocessor(logits, modality_sizes=None)
+        result = package.PerceiverModelOutput(logits=logits, last_hidden_state=x)
+        return result if wanted(return_dict, "return_dict") else result.to_tuple()
+
+    return forward
+
+
+def _no_grid(m):
+    """A reason against `_transformers_model`, or None."""
+    if why := foreign.why_no_grid(m.input_preprocessor):
+        return why
+    kind = f"{type(m.decoder).__module__}.{type(m.decoder).__qualname__}"
+    if m.decoder is None:
+        return None
+    if kind not in (f"{_TRANSFORMERS}.PerceiverClassificationDecoder", f"{_TRANSFORMERS}.PerceiverBasicDecoder"):
+        return f"its decoder is a {kind}, which may want the input's features"
+    decoder = getattr(m.decoder, "decoder", m.decoder)
+    if decoder.position_encoding_type != "trainable" or decoder.concat_preprocessed_input:
+        return "its decoder's queries are made from the input"
+    return None
+
+
+def _one_width(m):
+    if m.qk_channels != m.v_channels:
+        return f"queries and keys of {m.qk_channels} channels, values of {m.v_channels}: attention takes one width"
+    return None
+
+
 def _positions_that_factor(m):
     if not m.fourier_encode_data or m.input_axis not in (2, 3):
         return "its input is no grid of pixels with Fourier features of 2 or 3 axes"
@@ -126,14 +210,14 @@ def _positions_that_factor(m):
     return None
 
 
-def _model_dropout(m):
-    p = max(block.cross_attn.fn.dropout.p for block in m.layers)
+def _note(*dropouts):
+    p = max((d.p for d in dropouts), default=0)
     return f"dropout {p:g}: the original runs in training mode" if p > 0 else None
 
 
 def _dropout(m):
-    p = getattr(m, "attn_dropout", getattr(m, "dropout", None))
-    return f"dropout {p.p:g}: the original runs in training mode" if p is not None and p.p > 0 else None
+    found = getattr(m, "attn_dropout", getattr(m, "dropout", None))
+    return _note(*filter(None, [found]))
 
 
 _LINEAR = "linear attention: it has no softmax over scores of queries and keys"
@@ -145,12 +229,21 @@ RULES = (
          options=frozenset(("dropout", "flash", "inverted_attention")),
          refuse=lambda m: "inverted attention: its softmax is over the queries" if getattr(m, "inverted_attention", False) else None),
     Rule("perceiver_pytorch.perceiver_pytorch", "Attention", **_PERCEIVER),
-    Rule("perceiver_pytorch.perceiver_pytorch", "Perceiver", _perceiver_model, refuse=_positions_that_factor, note=_model_dropout,
+    Rule("perceiver_pytorch.perceiver_pytorch", "Perceiver", _perceiver_model, refuse=_positions_that_factor,
+         note=lambda m: _note(*(block.cross_attn.fn.dropout for block in m.layers)),
          inputs=frozenset("data mask return_embeddings block_outputs return_hiddens".split()),
          options=frozenset("num_freq_bands depth max_freq input_channels input_axis num_latents latent_dim cross_heads latent_heads "
                            "cross_dim_head latent_dim_head num_classes attn_dropout ff_dropout weight_tie_layers fourier_encode_data "
                            "self_per_cross_attn final_classifier_head inverted_cross_attn attn_residual attn_residual_rank".split())),
     Rule("perceiver_pytorch.perceiver_io", "Attention", **_PERCEIVER),
+    Rule(_TRANSFORMERS, "PerceiverSelfAttention", _transformers, refuse=_one_width, note=_dropout,
+         inputs=frozenset("hidden_states attention_mask inputs inputs_mask output_attentions".split()),
+         options=frozenset("config is_cross_attention qk_channels v_channels num_heads q_dim kv_dim".split())),
+    Rule(_TRANSFORMERS, "PerceiverModel", _transformers_model, refuse=_no_grid,
+         note=lambda m: _note(m.encoder.cross_attention.attention.self.dropout),
+         inputs=frozenset("inputs attention_mask subsampled_output_points output_attentions output_hidden_states interpolate_pos_encoding "
+                          "return_dict kwargs".split()),
+         options=frozenset("config decoder input_preprocessor output_postprocessor".split())),
     Rule("rin_pytorch.rin_pytorch", "LinearAttention", leave=_LINEAR),
     Rule("perceiver_pytorch.experimental", "LinearAttention", leave=_LINEAR),
     Rule("torch.nn.modules.activation", "MultiheadAttention", leave="calls scaled_dot_product_attention: run it in fastdiff.sdpa()"),

@@ -147,7 +147,7 @@ def _worst(call, case, ours, plain, exact):
     return worst
 
 
-def _same(peer, results, exact, dtype):
+def same(peer, results, exact, dtype):
     """Raises Wrong when a peer computes something else."""
     if len(results) != len(exact):
         raise Wrong(f"peer {peer} returns {len(results)} results, the reference {len(exact)}")
@@ -188,7 +188,7 @@ def measure(row, module, against, budget, ceilings, notes):
         why = _refusal(peer, call, row, (spent or 0) * call.parts(row.case))
         if why is None:
             try:
-                _same(name, call(peer), exact, row.dtype)
+                same(name, call(peer), exact, row.dtype)
             except RuntimeError as failure:  # not implemented for this dtype or device, out of memory, would not compile
                 why = f"{row.dtype}, {row.pass_}: " + (str(failure).strip().splitlines() or [type(failure).__name__])[0]
         if why is None:
@@ -281,14 +281,14 @@ def run(ops=None, *, device="cpu", threads=None, passes=("forward",), dtypes=("f
     for result in results:
         result.place(ceilings[result.record["threads"]])
     known = versions() | (module.VERSIONS if module else {})
-    outcome = Outcome(_document(command, known, list(ceilings.values()), [r.record for r in results]), results, list(ceilings.values()),
+    outcome = Outcome(document(command, known, list(ceilings.values()), [r.record for r in results]), results, list(ceilings.values()),
                       failures, notes)
     if failures:
         outcome.document["failures"] = failures
     return outcome
 
 
-def _document(command, known, ceilings, records):
+def document(command, known, ceilings, records):
     rates = {c.threads: {"copy_GBs": c.copy_GBs, "gemm_GFs": c.gemm_GFs} for c in ceilings}
     found = dict(rates[max(rates)]) if rates else {}
     if len(rates) > 1:
@@ -298,7 +298,7 @@ def _document(command, known, ceilings, records):
 
 # The command
 
-def _list(choices=None, kind=str):
+def split(choices=None, kind=str):
     def parse(text):
         try:
             values = [kind(value) for value in text.split(",") if value]
@@ -316,11 +316,11 @@ def _parser():
     parser = argparse.ArgumentParser("python -m fastdiff bench", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"all unless given: {', '.join(sorted(public()))}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=_list(kind=int), action="extend", metavar="N[,N]", help="torch's number of threads unless given")
-    parser.add_argument("--pass", dest="passes", type=_list(PASSES), default=["forward"], metavar="forward|both", help="both: and backward")
-    parser.add_argument("--dtype", type=_list(DTYPES), default=["float32"], metavar="DTYPE[,DTYPE]")
+    parser.add_argument("--threads", type=split(kind=int), action="extend", metavar="N[,N]", help="torch's number of threads unless given")
+    parser.add_argument("--pass", dest="passes", type=split(PASSES), default=["forward"], metavar="forward|both", help="both: and backward")
+    parser.add_argument("--dtype", type=split(DTYPES), default=["float32"], metavar="DTYPE[,DTYPE]")
     parser.add_argument("--case", default="*", metavar="GLOB", help="benchmark rows by name")
-    parser.add_argument("--against", type=_list(), metavar="PEER[,..]|all", help="names, globs; unless given, those that need no building")
+    parser.add_argument("--against", type=split(), metavar="PEER[,..]|all", help="names, globs; unless given, those that need no building")
     parser.add_argument("--peers", metavar="FILE", help="where peers are, instead of benchmarks/peers.py")
     parser.add_argument("--json", metavar="FILE", help="write everything measured")
     parser.add_argument("--baseline", metavar="FILE", help="compare with the --json file of an older run")
@@ -383,7 +383,7 @@ def main(argv):
         known = public()
         measured = overhead.measure({op: known[op] for op in options.ops or known})
         console.print(report.overhead_table(measured))
-        outcome = Outcome(_document(command, versions(), [], []) | {"overhead": measured}, [], [])
+        outcome = Outcome(document(command, versions(), [], []) | {"overhead": measured}, [], [])
     else:
         outcome = _with_bar(options, command)
         _print(console, outcome, options.markdown)

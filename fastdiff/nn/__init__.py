@@ -1,5 +1,7 @@
 """Drop-in modules on the ops."""
 
+from .cross_attention import CrossAttention
 from .fourier_cross_attention import FourierCrossAttention
+from .self_attention import SelfAttention
 
-__all__ = ["FourierCrossAttention"]
+__all__ = ["CrossAttention", "FourierCrossAttention", "SelfAttention"]

@@ -1,8 +1,6 @@
 import pytest
 import torch
 
-from fastdiff.demo import define_torchvision_operators
-
 
 @pytest.fixture(autouse=True)
 def _steady():
@@ -12,18 +10,6 @@ def _steady():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def perceiver_pytorch():
-    return pytest.importorskip("perceiver_pytorch", reason="perceiver-pytorch is not installed")
-
-
-@pytest.fixture
-def rin_pytorch():
-    pytest.importorskip("beartype", reason="rin-pytorch's imports are not installed")
-    define_torchvision_operators()
-    return pytest.importorskip("rin_pytorch", reason="rin-pytorch is not installed")
 
 
 @pytest.fixture
@@ -38,6 +24,19 @@ def perceiver(perceiver_pytorch):
     model = perceiver_pytorch.Perceiver(num_freq_bands=3, depth=2, max_freq=8, num_latents=12, latent_dim=24, latent_heads=3,
                                         latent_dim_head=8, cross_dim_head=16, num_classes=7, weight_tie_layers=True)
     return drawn(model), (torch.randn(2, 9, 10, 3),)
+
+
+@pytest.fixture
+def transformers_classifier(transformers_perceiver):
+    """Builds a small PerceiverForImageClassificationFourier; its weights are drawn wide enough to reach the output."""
+
+    def build(**options):
+        config = transformers_perceiver.PerceiverConfig(**dict(
+            num_latents=6, d_latents=24, num_blocks=2, num_self_attends_per_block=1, num_self_attention_heads=3,
+            num_cross_attention_heads=1, num_labels=5, initializer_range=0.2) | options)
+        return drawn(transformers_perceiver.PerceiverForImageClassificationFourier(config))
+
+    return build
 
 
 def drawn(model):

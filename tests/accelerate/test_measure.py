@@ -48,6 +48,18 @@ def test_errors_are_each_module_on_the_same_input(perceiver_pytorch, monkeypatch
     assert report.error > 1e-2
 
 
+def test_a_module_that_holds_others(perceiver, monkeypatch):
+    """The read of the whole model is compared too, though it does not call the layers it holds."""
+    from fastdiff.accelerate import rules
+
+    model, (x,) = perceiver
+    read = rules.fourier_cross_attend
+    monkeypatch.setattr(rules, "fourier_cross_attend", lambda *a, **o: read(*a, **o) + torch.randn(24))
+    report = fastdiff.accelerate(model, x, show=False)
+    assert [row.error > 1e-2 for row in report.replaced] == [row.name == "(the model)" for row in report.replaced]
+    assert all(row.time_after > 0 for row in report.replaced)
+
+
 def test_a_module_that_does_not_run(perceiver_pytorch):
     kind = perceiver_pytorch.perceiver_pytorch.Attention
     model = kind(8, heads=2, dim_head=4)

@@ -1,12 +1,14 @@
 """Each rule's replacement against the class it replaces: values, gradients, masks, and the calls it hands back."""
 
 import copy
+import pickle
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 import fastdiff
+from fastdiff.accelerate import rules
 
 
 def within(fast, plain, exact):
@@ -62,6 +64,189 @@ def test_perceiver_io(perceiver_pytorch):
     model = perceiver_pytorch.PerceiverIO(depth=2, dim=16, queries_dim=20, logits_dim=5, num_latents=12, latent_dim=24, latent_heads=3,
                                           latent_dim_head=8, cross_dim_head=16)
     compared(model, (torch.randn(2, 30, 16),), mask=torch.rand(2, 30) < 0.6, queries=torch.randn(6, 20))
+
+
+class Result(torch.nn.Module):
+    """A transformers model that returns one tensor of its output."""
+
+    def __init__(self, model, name):
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, *inputs, **options):
+        return self.model(*inputs, **options)[self.name]
+
+
+def near(fast, plain):
+    """Within what the plain model's angles, rounded to float32 before sine and cosine, move its results."""
+    torch.testing.assert_close(fast, plain, rtol=1e-2, atol=2e-3)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The calls of fourier_cross_attend that the rules make."""
+    calls, op = [], rules.fourier_cross_attend
+    monkeypatch.setattr(rules, "fourier_cross_attend", lambda *arguments, **options: calls.append(arguments) or op(*arguments, **options))
+    return calls
+
+
+@pytest.fixture
+def exact_places(transformers_perceiver, monkeypatch):
+    """Theirs makes places in float32 whatever the model's dtype: here in the default dtype."""
+
+    def places(index_dims, output_range=(-1.0, 1.0), device=None):
+        return torch.stack(torch.meshgrid(*(torch.linspace(*output_range, n) for n in index_dims), indexing="ij"), -1)
+
+    monkeypatch.setattr(transformers_perceiver, "build_linear_positions", places)
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_channels": 12, "v_channels": 24}, {"use_query_residual": False}], ids=str)
+def test_transformers_classifier(transformers_classifier, exact_places, reads, options):
+    compared(Result(transformers_classifier(**options), "logits"), (torch.randn(2, 3, 11, 8),))
+    assert len(reads) == 1
+
+
+def test_transformers_video(transformers_perceiver, transformers_classifier, exact_places, reads):
+    config = transformers_classifier().config
+    preprocessor = transformers_perceiver.PerceiverImagePreprocessor(
+        config, prep_type="pixels", spatial_downsample=1, fourier_position_encoding_kwargs=dict(num_bands=3, max_resolution=[4, 10, 12]))
+    model = transformers_perceiver.PerceiverModel(config, input_preprocessor=preprocessor).eval()
+    compared(Result(model, "last_hidden_state"), (torch.randn(2, 4, 3, 5, 6),))
+    assert len(reads) == 1
+
+
+def test_transformers_output(transformers_classifier, reads):
+    """The same outputs by name and as a tuple; what only the original makes, it makes."""
+    model, x = transformers_classifier(), torch.randn(2, 3, 11, 8)
+    calls = [{}, {"return_dict": False}, {"output_hidden_states": True}, {"output_attentions": True}]
+    plain = [model.perceiver(x, **options) for options in calls]
+    assert "dropout 0.1: the original runs in training mode" in [row.note for row in fastdiff.accelerate(model, show=False).replaced]
+    for options, before in zip(calls, plain, strict=True):
+        after = model.perceiver(x, **options)
+        assert type(after) is type(before)
+        a, b = ((out, ()) if isinstance(out, tuple) else (out.to_tuple(), out.keys()) for out in (after, before))
+        assert list(a[1]) == list(b[1])
+        near(a[0], b[0])
+    assert len(reads) == 2
+
+
+def test_transformers_calls_that_stay_with_the_original(transformers_classifier, reads):
+    model, x = transformers_classifier(), torch.randn(2, 3, 11, 8)
+    seen = (torch.rand(2, 88) < 0.5).float()
+
+    def runs():
+        torch.manual_seed(1)
+        return model.train()(x).logits, model.eval()(x, attention_mask=seen).logits
+
+    plain = runs()
+    fastdiff.accelerate(model, show=False)
+    fast = runs()
+    assert torch.equal(plain[0], fast[0])
+    near(fast[1], plain[1])
+    calls, perceiver = [], model.perceiver
+    for m in (perceiver.input_preprocessor, perceiver.encoder, perceiver.encoder.cross_attention.attention.self.key):
+        handle = m.register_forward_hook(lambda *_: calls.append(1))
+        model(x)
+        handle.remove()
+    assert len(calls) == 3 and not reads
+    model(x)
+    assert len(reads) == 1
+
+
+def test_transformers_left_alone_and_why(transformers_perceiver, transformers_classifier):
+    package, config = transformers_perceiver, transformers_classifier().config
+    positions = dict(num_bands=3, max_resolution=[8, 8])
+    pixels = lambda prep_type="pixels": package.PerceiverImagePreprocessor(
+        config, prep_type=prep_type, spatial_downsample=1, fourier_position_encoding_kwargs=positions)
+    decoder = lambda kind, **options: getattr(package, f"Perceiver{kind}Decoder")(
+        config, num_channels=24, trainable_position_encoding_kwargs=dict(num_channels=24, index_dims=1), **options)
+    for options, why in (
+            (dict(input_preprocessor=package.PerceiverTextPreprocessor(config)), "a PerceiverTextPreprocessor, not"),
+            (dict(input_preprocessor=pixels(prep_type="conv1x1")), "prep_type='conv1x1'"),
+            (dict(input_preprocessor=pixels(), decoder=decoder("Classification", concat_preprocessed_input=True)), "made from the input"),
+            (dict(input_preprocessor=pixels(), decoder=torch.nn.Identity()), "Identity, which may want the input's features")):
+        report = fastdiff.accelerate(package.PerceiverModel(config, **options), show=False)
+        assert why in next(row.reason for row in report.kept if row.name == "(the model)")
+        assert {row.kind.split(".")[-1] for row in report.replaced} == {"PerceiverSelfAttention"}
+    for made in (decoder("Classification"), decoder("Basic", output_num_channels=5), None):
+        report = fastdiff.accelerate(package.PerceiverModel(config, input_preprocessor=pixels(), decoder=made), show=False)
+        assert "(the model)" in [row.name for row in report.replaced]
+    report = fastdiff.accelerate(package.PerceiverSelfAttention(config, qk_channels=12, v_channels=24, q_dim=24, kv_dim=24), show=False)
+    assert not report.replaced and "queries and keys of 12 channels, values of 24" in report.kept[0].reason
+
+
+def additive(seen, dtype=torch.float32):
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["half", "a sample without keys"])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 9), (2, 1, 5, 9), (1, 3, 5, 9)], ids=str)
+def test_transformers_mask(transformers_perceiver, transformers_classifier, which, shape):
+    config = transformers_classifier().config
+    attend = transformers_perceiver.PerceiverSelfAttention(config, is_cross_attention=True, num_heads=3, qk_channels=12, q_dim=24,
+                                                          kv_dim=10)
+    mask = additive(masks(*shape)[which])
+    compared(Result(attend.eval(), 0), (torch.randn(2, 5, 24),), inputs=torch.randn(2, 9, 10), inputs_mask=mask)
+    compared(Result(attend, 0), (torch.randn(2, 5, 24),), inputs=torch.randn(2, 9, 10), inputs_mask=mask + torch.randn(shape))
+
+
+def test_transformers_self_attention_mask(transformers_perceiver, transformers_classifier):
+    config = transformers_classifier().config
+    attend = transformers_perceiver.PerceiverSelfAttention(config, num_heads=3, q_dim=24, kv_dim=24).eval()
+    compared(Result(attend, 0), (torch.randn(2, 9, 24),), attention_mask=additive(masks(2, 1, 1, 9)[1]))
+
+
+def test_transformers_text(transformers_perceiver, transformers_classifier):
+    """A general Perceiver, with a mask of padding."""
+    config = transformers_perceiver.PerceiverConfig(
+        num_latents=6, d_latents=24, d_model=20, num_self_attends_per_block=1, num_self_attention_heads=3, num_cross_attention_heads=2,
+        vocab_size=30, max_position_embeddings=16)
+    model = transformers_perceiver.PerceiverForSequenceClassification(config).eval()
+    tokens, seen = torch.randint(30, (2, 16)), torch.arange(16) < torch.tensor([[16], [9]])
+    plain = model(tokens, attention_mask=seen).logits
+    report = fastdiff.accelerate(model, show=False)
+    assert len(report.replaced) == 3
+    torch.testing.assert_close(model(tokens, attention_mask=seen).logits, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_transformers_half(transformers_classifier, dtype):
+    model, x = transformers_classifier().to(dtype), torch.randn(2, 3, 11, 8).to(dtype)
+    seen = torch.ones(2, 88)
+    seen[0] = 0
+    right = [copy.deepcopy(model).double()(x.double(), attention_mask=mask).logits for mask in (None, seen)]
+    before = [model(x, attention_mask=mask).logits for mask in (None, seen)]
+    fastdiff.accelerate(model, show=False)
+    for mask, exact, plain in zip((None, seen), right, before, strict=True):
+        fast = model(x, attention_mask=mask).logits
+        assert fast.dtype == dtype
+        assert (fast - exact).abs().max() <= 2 * (plain - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_transformers_autocast(transformers_classifier):
+    model, x, seen = transformers_classifier(), torch.randn(2, 3, 11, 8), torch.zeros(2, 88)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = [model(x, attention_mask=mask).logits for mask in (None, seen)]
+        fastdiff.accelerate(model, show=False)
+        fast = [model(x, attention_mask=mask).logits for mask in (None, seen)]
+    torch.testing.assert_close(fast, plain, rtol=0.1, atol=0.1)
+
+
+def test_transformers_compiles_whole(transformers_classifier):
+    model, x = transformers_classifier(), torch.randn(2, 3, 11, 8)
+    plain = model(x).logits
+    fastdiff.accelerate(model, show=False)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    near(compiled(x).logits, plain)
+
+
+def test_transformers_pickle(transformers_classifier):
+    model, x = transformers_classifier(), torch.randn(2, 3, 11, 8)
+    plain = model(x).logits
+    fastdiff.accelerate(model, show=False)
+    other = pickle.loads(pickle.dumps(model))
+    assert torch.equal(other(x).logits, model(x).logits)
+    assert torch.equal(fastdiff.restore(other)(x).logits, plain)
 
 
 def masks(*shape):
@@ -155,8 +340,6 @@ def test_a_version_with_more_options_is_left_alone(perceiver_pytorch, monkeypatc
 
 
 def test_reads_heads_in_place(perceiver_pytorch, monkeypatch):
-    from fastdiff.accelerate import rules
-
     seen = []
     monkeypatch.setattr(rules, "attention", lambda q, k, v, **options: seen.append((q, k, v)) or q)
     kind = perceiver_pytorch.perceiver_pytorch.Attention

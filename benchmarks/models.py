@@ -1,0 +1,185 @@
+"""Whole models of other packages, with random weights: as they are, compiled, accelerated, and both; forward, and forward with backward.
+
+python benchmarks/models.py [NAME ...] --threads 1,2 --pass forward,both --json FILE --quick
+"""
+
+import argparse
+import copy
+import importlib.metadata
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastdiff.accelerate import accelerate
+from fastdiff.accelerate.measure import difference
+from fastdiff.bench import memory, report, suite, timer
+from fastdiff.demo import define_torchvision_operators
+from fastdiff.info import versions
+
+COMPILE = dict(dynamic=False)  # options of torch.compile
+OURS = {"accelerated": "accelerate", "accelerated, compiled": "accelerate + compile"}  # run -> op of its record
+
+
+@dataclass(frozen=True)
+class Model:
+    """package: the distribution it comes from. build() -> (module, its positional inputs). shape: its sizes, for the record."""
+
+    package: str
+    build: Callable
+    shape: dict
+
+
+def _perceiver():
+    from perceiver_pytorch import Perceiver
+
+    return Perceiver(num_freq_bands=64, depth=2, max_freq=224, num_latents=512, latent_dim=1024, cross_heads=1, cross_dim_head=261,
+                     latent_heads=8, latent_dim_head=128), (torch.randn(1, 224, 224, 3),)
+
+
+def _perceiver_io():
+    define_torchvision_operators()
+    from transformers import PerceiverConfig, PerceiverForImageClassificationFourier
+
+    # Without dropout: with it, training steps are the original's.
+    config = PerceiverConfig(num_latents=512, d_latents=1024, num_blocks=2, num_self_attends_per_block=6, num_self_attention_heads=8,
+                             num_cross_attention_heads=1, attention_probs_dropout_prob=0.0, num_labels=1000)
+    return PerceiverForImageClassificationFourier(config), (torch.randn(1, 3, 224, 224),)
+
+
+def _rin():
+    define_torchvision_operators()
+    from rin_pytorch import RIN
+
+    model = RIN(dim=512, image_size=1024, patch_size=8, depth=1, latent_self_attn_depth=2, dim_latent=768, num_latents=256, heads=16,
+                dim_head=32)
+    return model, (torch.randn(1, 3, 1024, 1024), torch.rand(1))
+
+
+MODELS = {
+    "perceiver": Model("perceiver-pytorch", _perceiver, dict(pixels=224 * 224, bands=64, latents=512, width=1024, layers=2)),
+    "perceiver-io": Model("transformers", _perceiver_io, dict(pixels=224 * 224, bands=64, latents=512, width=1024, blocks=2)),
+    "rin-1024": Model("rin-pytorch", _rin, dict(image=1024, patch=8, dim=512, latents=256, width=768, heads=16, blocks=1)),
+}
+
+
+def _random(model):
+    """Parameters that start at 0 drawn anew, so that every part of the model reaches the output."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.normal_(0.0, 0.02)
+    return model
+
+
+def _step(model, inputs, weights, pass_):
+    """(output,), and after it every parameter's gradient of sum(weights * output) where pass_ is "both"."""
+    if pass_ == "forward":
+        with torch.no_grad():
+            return (_first(model(*inputs)),)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    out = _first(model(*inputs))
+    grads = torch.autograd.grad((out * weights).sum(), parameters, allow_unused=True)
+    return (out.detach(), *(g for g in grads if g is not None))
+
+
+def _first(out):
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
+def measure(name, pass_, threads, budget, notes):
+    """The records of one model and pass at torch's present number of threads. Raises suite.Wrong where an accelerated result differs."""
+    torch.manual_seed(0)
+    model, inputs = MODELS[name].build()
+    _random(model).train(pass_ == "both")
+    fast = copy.deepcopy(model)
+    swapped = accelerate(fast, show=False)
+    with torch.no_grad():
+        weights = torch.randn_like(_first(model(*inputs)))
+    modules = {"eager": model, "compile": torch.compile(model, **COMPILE), "accelerated": fast,
+               "accelerated, compiled": torch.compile(fast, **COMPILE)}
+    runs = {run: lambda _, m=m: _step(m, inputs, weights, pass_) for run, m in modules.items()}
+    plain = runs["eager"](0)
+    for run in list(runs)[1:]:
+        try:
+            suite.same(run, runs[run](0), plain, "float32")
+        except Exception as failure:  # a compiler may fail in any way: that is a note on the compiled runs
+            if isinstance(failure, suite.Wrong) or run == "accelerated":
+                raise
+            notes.append(f"{name}, {pass_}: {run} left out: {(str(failure).strip().splitlines() or [type(failure).__name__])[0]}")
+            del runs[run]
+    samples = timer.interleave(runs, budget)
+    peers = {run: times for run, times in samples.items() if run not in OURS}
+    records = []
+    for run, op in OURS.items():
+        if run not in runs:
+            continue
+        times = timer.compare({"ours": samples[run], **peers})
+        peak, after = memory.peak(lambda run=run: runs[run](0), "cpu")
+        suite.same(run, after, plain, "float32")
+        records.append({
+            "op": op, "case": name, "dtype": "float32", "pass": pass_, "device": "cpu", "threads": threads,
+            "backend": f"{len(swapped.replaced)} modules", "shape": MODELS[name].shape, **times, "floor_ms": None, "of_floor": None,
+            "peak_bytes": peak, "peer_peak_bytes": memory.peak(lambda best=times["best_peer"]: runs[best](0), "cpu")[0],
+            "error": difference(plain, after)[1], "error_limit": suite.PEER_ERROR["float32"]})
+    return records
+
+
+def run(names, *, threads, passes, quick, command, progress=lambda text: None):
+    """(document, notes): the document is that of `python -m fastdiff bench`."""
+    records, failures, notes, packages = [], [], [], {}
+    before = torch.get_num_threads()
+    try:
+        for n in threads:
+            torch.set_num_threads(n)
+            for name in names:
+                for pass_ in passes:
+                    progress(f"{name}, {pass_}, {n} threads")
+                    torch.compiler.reset()  # compiled code is for one number of threads
+                    try:
+                        records += measure(name, pass_, n, timer.QUICK if quick else timer.Budget(), notes)
+                        packages[MODELS[name].package] = importlib.metadata.version(MODELS[name].package)
+                    except ImportError as missing:
+                        notes.append(f"{name}: not run, {missing}; to run it: pip install {MODELS[name].package}")
+                    except suite.Wrong as wrong:
+                        failures.append({"op": "accelerate", "case": name, "dtype": "float32", "pass": pass_, "device": "cpu", "threads": n,
+                                         "reason": str(wrong)})
+    finally:
+        torch.set_num_threads(before)
+    made = suite.document(command, versions() | packages, [], records)
+    return made | ({"failures": failures} if failures else {}), list(dict.fromkeys(notes))
+
+
+def main(argv):
+    """Runs the command; returns 1 when a result was wrong."""
+    parser = argparse.ArgumentParser("python benchmarks/models.py", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all unless given: {', '.join(MODELS)}")
+    parser.add_argument("--threads", type=suite.split(kind=int), metavar="N[,N]", help="torch's number of threads unless given")
+    parser.add_argument("--pass", dest="passes", type=suite.split(suite.PASSES), default=["forward"], metavar="forward|both",
+                        help="both: and backward")
+    parser.add_argument("--json", metavar="FILE", help="write everything measured")
+    parser.add_argument("--quick", action="store_true", help="short times")
+    options = parser.parse_args(argv)
+    if unknown := [name for name in options.names if name not in MODELS]:
+        parser.error(f"unknown model {', '.join(unknown)}; there are {', '.join(MODELS)}")
+    console, bar = report.console(), report.console(stderr=True)
+    with bar.status("") as status:
+        document, notes = run(options.names or list(MODELS), threads=options.threads or [torch.get_num_threads()], passes=options.passes,
+                              quick=options.quick, command=shlex.join(["python", "benchmarks/models.py", *argv]), progress=status.update)
+    if document["records"]:
+        console.print(report.table(document["records"]))
+    for note in notes:
+        console.print(f"note: {note}", style="dim")
+    for failure in document.get("failures", []):
+        console.print(f"FAILED {failure['case']}, {failure['pass']}, {failure['threads']} threads: {failure['reason']}", style="red")
+    if options.json:
+        Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
+    return 1 if "failures" in document else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,107 @@
+"""benchmarks/models.py on small models: what a record holds, and that a wrong result is never one."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastdiff
+
+RECORD = {"op", "case", "dtype", "pass", "device", "threads", "backend", "shape", "ours_ms", "peers_ms", "best_peer", "ratio", "ratio_low",
+          "ratio_high", "floor_ms", "of_floor", "peak_bytes", "peer_peak_bytes", "error", "error_limit"}
+
+
+@pytest.fixture
+def models(monkeypatch, perceiver_pytorch):
+    """The script as a module, with one small model and a compiler that takes no time."""
+    spec = importlib.util.spec_from_file_location("models_bench", Path(__file__).parents[1] / "benchmarks" / "models.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+
+    def build():
+        return perceiver_pytorch.Perceiver(num_freq_bands=3, depth=1, max_freq=8, num_latents=12, latent_dim=24, latent_heads=3,
+                                           latent_dim_head=8, cross_dim_head=16, num_classes=7), (torch.randn(1, 9, 10, 3),)
+
+    module.REAL = module.MODELS
+    monkeypatch.setattr(module, "MODELS", {"tiny": module.Model("perceiver-pytorch", build, dict(pixels=90))})
+    monkeypatch.setattr(module, "COMPILE", dict(backend="aot_eager"))
+    yield module
+    torch.compiler.reset()
+
+
+def test_records(models, tmp_path, capsys):
+    file = tmp_path / "models.json"
+    assert models.main(["tiny", "--threads", "1,2", "--pass", "forward,both", "--quick", "--json", str(file)]) == 0
+    document = json.loads(file.read_text())
+    assert {"machine", "versions", "command", "ceilings", "records"} == set(document)
+    assert document["versions"]["perceiver-pytorch"]
+    keys = [(r["op"], r["pass"], r["threads"]) for r in document["records"]]
+    assert keys == [(op, pass_, n) for n in (1, 2) for pass_ in ("forward", "both") for op in ("accelerate", "accelerate + compile")]
+    for record in document["records"]:
+        assert set(record) == RECORD
+        assert set(record["peers_ms"]) == {"eager", "compile"} and record["best_peer"] in record["peers_ms"]
+        assert 0 < record["error"] < record["error_limit"] and record["ours_ms"] > 0
+    assert "accelerate + compile" in capsys.readouterr().out
+
+
+def test_a_wrong_result_is_no_record(models, monkeypatch, tmp_path, capsys):
+    def spoil(model, show):
+        with torch.no_grad():
+            model.to_logits[-1].bias.add_(0.1)
+        return None  # the report is not read before the result is refused
+
+    monkeypatch.setattr(models, "accelerate", spoil)
+    file = tmp_path / "models.json"
+    assert models.main(["--quick", "--json", str(file)]) == 1
+    document = json.loads(file.read_text())
+    assert not document["records"] and "accelerated is off by" in document["failures"][0]["reason"]
+    assert "FAILED tiny, forward" in capsys.readouterr().out
+
+
+def test_a_wrong_gradient_is_no_record(models, monkeypatch):
+    """The output is right and one gradient is not."""
+
+    def spoil(model, show):
+        model.latents.register_hook(lambda grad: grad + 1.0)
+
+    monkeypatch.setattr(models, "accelerate", spoil)
+    assert models.main(["--quick", "--pass", "both"]) == 1
+
+
+def test_a_compiler_that_fails_is_a_note(models, monkeypatch, capsys):
+    def refuse(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(models, "COMPILE", dict(backend=refuse))
+    assert models.main(["--quick"]) == 0
+    out = capsys.readouterr().out
+    assert "compile left out" in out and "accelerated, compiled left out" in out
+    assert out.count("\naccelerate ") == 1
+
+
+def test_a_missing_package_is_a_note(models, monkeypatch, capsys):
+    def build():
+        raise ImportError("No module named 'perceiver_pytorch'")
+
+    monkeypatch.setattr(models, "MODELS", {"tiny": models.Model("perceiver-pytorch", build, {})})
+    assert models.main(["--quick"]) == 0
+    assert "pip install perceiver-pytorch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("argv", "why"), [(["huge"], "unknown model huge; there are tiny"), (["--pass", "sideways"], "forward or both")])
+def test_refusals(models, argv, why, capsys):
+    with pytest.raises(SystemExit):
+        models.main(argv)
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "parts"), [("perceiver", 5), ("perceiver-io", 9), ("rin-1024", 4)])
+def test_the_real_models(models, rin_pytorch, transformers_perceiver, name, parts):
+    """Built without memory: the packages take the arguments, and the rules know their modules."""
+    with torch.device("meta"):
+        module, _ = models.REAL[name].build()
+    assert len(fastdiff.accelerate(module, show=False).replaced) == parts
