@@ -42,9 +42,12 @@ def _row(B, H, M, N, E, **options):
 _BENCH = {
     "RIN read H16 M256 N4096 E32": _row(1, 16, 256, 4096, 32),
     "RIN write H16 M4096 N256 E32": _row(1, 16, 4096, 256, 32),
+    "RIN-1024 read H16 M256 N16384 E32": _row(1, 16, 256, 16384, 32),
+    "RIN-1024 write H16 M16384 N256 E32": _row(1, 16, 16384, 256, 32),
     "latent read B8 H16 M128 N256 E64": _row(8, 16, 128, 256, 64),
     "Perceiver H1 M512 N50176 E261": _row(1, 1, 512, 50176, 261),
     "Perceiver H8 M512 N50176 E64": _row(1, 8, 512, 50176, 64),
+    "Perceiver latents H8 M512 N512 E128": _row(1, 8, 512, 512, 128),
     "LDM text B2 H8 M4096 N77 E40": _row(2, 8, 4096, 77, 40),
     "DiT-XL H16 M1024 N1024 E72": _row(1, 16, 1024, 1024, 72),
     "Perceiver AR H16 M1024 N8192 E64 causal": _row(1, 16, 1024, 8192, 64, causal=True),

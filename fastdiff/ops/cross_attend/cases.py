@@ -52,7 +52,8 @@ CASES = {"cross_attend": Case(
               residual=OneOf(True, False)),
     arguments=_arguments, flops=_flops, bytes=_bytes, batched=("target", "source", "key_lengths"),
     gather=("target_norm", "source_norm"), backward_flops=2.5, fused=_fused,
-    bench={"RIN-256 read": _row(256, 1024, 768, 512, 16, 32), "RIN-256 write": _row(1024, 256, 512, 768, 16, 32, norm=True),
+    bench={"RIN CIFAR read": _row(128, 256, 512, 256, 8, 32), "RIN CIFAR write": _row(256, 128, 256, 512, 8, 32, norm=True),
+           "RIN-256 read": _row(256, 1024, 768, 512, 16, 32), "RIN-256 write": _row(1024, 256, 512, 768, 16, 32, norm=True),
            "RIN-1024 read": _row(256, 16384, 768, 512, 16, 32), "RIN-1024 write": _row(16384, 256, 512, 768, 16, 32, norm=True),
            "RIN video read": _row(256, 2048, 1024, 512, 16, 32), "RIN video write": _row(2048, 256, 512, 1024, 16, 32, norm=True),
            "Perceiver IO text": _row(256, 2048, 1280, 768, 8, 32, norm=True, value_width=160)})}
