@@ -106,9 +106,9 @@ def _perceiver(plain):
 def _perceiver_model(plain):
     def forward(self, data, mask=None, return_embeddings=False, block_outputs=None, return_hiddens=False):
         reads = [block.cross_attn for block in self.layers]
-        if (mask is not None or block_outputs is not None or return_hiddens or _watched(*(m for r in reads for m in r.modules()))
-                or data.dim() != self.input_axis + 2 or data.device.type not in ("cpu", "cuda")
-                or (self.training and any(r.fn.dropout.p > 0 for r in reads))):
+        if (mask is not None or block_outputs is not None or return_hiddens
+                or _watched(*self.layers, *(m for r in reads for m in r.modules())) or data.dim() != self.input_axis + 2
+                or data.device.type not in ("cpu", "cuda") or (self.training and any(r.fn.dropout.p > 0 for r in reads))):
             return plain(self, data, mask, return_embeddings, block_outputs, return_hiddens)
         x, image = self.latents.expand(data.shape[0], -1, -1), data.movedim(-1, 1)
         for block, read in zip(self.layers, reads, strict=True):
@@ -185,6 +185,9 @@ def _no_grid(m):
     """A reason against `_transformers_model`, or None."""
     if why := foreign.why_no_grid(m.input_preprocessor):
         return why
+    attend = m.encoder.cross_attention.attention.self
+    if attend.layernorm1.eps != attend.layernorm2.eps:
+        return f"its read's norms have different eps, {attend.layernorm1.eps} and {attend.layernorm2.eps}"
     kind = f"{type(m.decoder).__module__}.{type(m.decoder).__qualname__}"
     if m.decoder is None:
         return None

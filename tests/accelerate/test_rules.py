@@ -60,6 +60,19 @@ def test_perceiver(perceiver):
     compared(*perceiver)
 
 
+def test_a_perceiver_with_hooks_runs_its_modules(perceiver, reads):
+    model, inputs = perceiver
+    fastdiff.accelerate(model, show=False)
+    calls = []
+    for m in (model.layers[0], model.layers[1].cross_attn.norm):
+        handle = m.register_forward_hook(lambda *_: calls.append(1))
+        model(*inputs)
+        handle.remove()
+    assert len(calls) == 2 and not reads
+    model(*inputs)
+    assert len(reads) == 2
+
+
 def test_perceiver_io(perceiver_pytorch):
     model = perceiver_pytorch.PerceiverIO(depth=2, dim=16, queries_dim=20, logits_dim=5, num_latents=12, latent_dim=24, latent_heads=3,
                                           latent_dim_head=8, cross_dim_head=16)
@@ -168,6 +181,9 @@ def test_transformers_left_alone_and_why(transformers_perceiver, transformers_cl
         report = fastdiff.accelerate(package.PerceiverModel(config, **options), show=False)
         assert why in next(row.reason for row in report.kept if row.name == "(the model)")
         assert {row.kind.split(".")[-1] for row in report.replaced} == {"PerceiverSelfAttention"}
+    uneven = package.PerceiverModel(config, input_preprocessor=pixels())
+    uneven.encoder.cross_attention.attention.self.layernorm2.eps = 1e-12
+    assert "norms have different eps, 1e-05 and 1e-12" in fastdiff.accelerate(uneven, show=False).kept[0].reason
     for made in (decoder("Classification"), decoder("Basic", output_num_channels=5), None):
         report = fastdiff.accelerate(package.PerceiverModel(config, input_preprocessor=pixels(), decoder=made), show=False)
         assert "(the model)" in [row.name for row in report.replaced]
