@@ -9,7 +9,7 @@ struct Layout {
   Layout(const Problem& p, const Plan& plan) : width(padded(p.E)), v_width(padded(p.V)), stride(score_stride(plan)) {
     const int64_t keys = plan.key_block, rows = plan.query_block, columns = padded(keys);
     stats = 0;
-    kt = stats + (plan.query_rows * 4 + 15) / 16 * 16;
+    kt = stats + padded(plan.query_rows * 5);
     vt = kt + most(p.E, p.V) * columns;  // row_stats has transposed rows of V there
     const int64_t paired = by_pairs(p) ? padded(pairs(most(p.E, p.V))) : 0;
     rows_of_pairs = vt + p.V * columns;
@@ -26,16 +26,24 @@ struct Layout {
   }
 };
 
-// sum_e x[e] y[e] in each lane, one chain over e.
-inline f32 dots(int64_t n, const float* x, const float* y) {
-  f32 sum = {};
-  for (int64_t e = 0; e < n; ++e) sum += load(x + e * kLanes) * load(y + e * kLanes);
+// sum_e x[e] y[e] in each lane: in one chain over e, and in eight, whose rounding is a third.
+struct Dots { f32 chain, eight; };
+inline Dots dots(int64_t n, const float* x, const float* y) {
+  Dots sum = {};
+  f32 part[8] = {};
+  for (int64_t e = 0; e < n; ++e) {
+    sum.chain += load(x + e * kLanes) * load(y + e * kLanes);
+    part[e % 8] += load(x + e * kLanes) * load(y + e * kLanes);
+  }
+  sum.eight = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
   return sum;
 }
 
-// Four floats of each query: its log-sum-exp in two floats (+inf where it sees no key, so that every probability is 0), what the
-// softmax takes off its row of dP, sum(dout * out), and dlse. The sum runs over E in one chain as dP's products do, so that for a query
-// that sees one key alone they cancel exactly. kLanes queries at a time, transposed into `x` and `y`.
+// Five floats of each query: its log-sum-exp in two floats (+inf where it sees no key, so that every probability is 0); what the softmax takes
+// off its row of dP, sum(dout * out), twice; and dlse. A query with nearly all its weight on one key takes the sum that runs over V in one
+// chain as dP's products do, so that the two cancel, exactly if it sees that key alone. Where many keys share the weight their
+// roundings average out and that of the sum stays, times every key: they take the more exact. kLanes queries at a time, transposed into
+// `x` and `y`.
 void row_stats(const Problem& p, const BackwardIn& in, const Item& item, float* x, float* y, float* stats) {
   for (int64_t m = item.m0; m < item.m1; m += kLanes) {
     const int64_t n = least(kLanes, item.m1 - m), first = (item.b * p.H + item.h) * p.M + m;
@@ -43,27 +51,35 @@ void row_stats(const Problem& p, const BackwardIn& in, const Item& item, float* 
       pack_transposed(n, p.V, row<T>(in.dout, item.b, item.h, m), in.dout.s, 1.0f, x);
       pack_transposed(n, p.V, row<T>(in.out, item.b, item.h, m), in.out.s, 1.0f, y);
     });
-    f32 sum = dots(p.V, x, y);
+    Dots sum = dots(p.V, x, y);
     if (in.out_low.data) {
       typed(p.type, [&]<class T>() { pack_transposed(n, p.V, row<T>(in.out_low, item.b, item.h, m), in.out_low.s, 1.0f / kLowScale, y); });
-      sum += dots(p.V, x, y);
+      const f32 low = dots(p.V, x, y).eight;
+      sum.chain += low, sum.eight += low;
     }
-    for (int64_t i = 0; i < n; ++i, stats += 4) {
+    for (int64_t i = 0; i < n; ++i, stats += 5) {
       stats[0] = in.lse[first + i] == -kInf ? kInf : in.lse[first + i];
       stats[1] = in.lse_low[first + i];
-      stats[2] = sum[i];
-      stats[3] = in.dlse ? in.dlse[first + i] : 0.0f;
+      stats[2] = sum.chain[i];
+      stats[3] = sum.eight[i];
+      stats[4] = in.dlse ? in.dlse[first + i] : 0.0f;
     }
   }
 }
 
 // s: scores to probabilities; ds: dP to the gradient of the scores, P (dP - sum(P dP) + dlse).
-inline void probabilities(float* s, float* ds, int64_t width, const float* stats) {
-  const float lse = stats[0], lse_low = stats[1], taken = stats[2], dlse = stats[3];
-  for (int64_t j = 0; j < width; j += kLanes) {
-    const f32 e = exp((load(s + j) - lse) - lse_low);
-    store(s + j, e);
-    store(ds + j, e * ((load(ds + j) - taken) + dlse));
+inline void probabilities(int64_t rows, int64_t width, float* s, float* ds, int64_t stride, const float* stats) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const int64_t n = least(kLanes, rows - r);
+    const f32 top = row_maxima(n, width, s, stride);
+    for (int64_t i = 0; i < n; ++i, s += stride, ds += stride, stats += 5) {
+      const float lse = stats[0], lse_low = stats[1], taken = top[i] - lse > -0.7f ? stats[2] : stats[3], dlse = stats[4];
+      for (int64_t j = 0; j < width; j += kLanes) {
+        const f32 e = exp((load(s + j) - lse) - lse_low);
+        store(s + j, e);
+        store(ds + j, e * ((load(ds + j) - taken) + dlse));
+      }
+    }
   }
 }
 
@@ -148,8 +164,7 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
         if (p.bias || visible != width || p.seen(item.b, m) < n0 + visible) mask(p, item, m, n, n0, visible, s, stride);
         multiply(p, n, visible, p.V, in.dout, item.b, item.h, m, 1.0f, dout, scratch + at.as_pairs, vt, ds, stride);
         if (whole) whole_probabilities(n, width, s, ds, stride, dlse ? dlse + r : nullptr);
-        else
-          for (int64_t i = 0; i < n; ++i) probabilities(s + i * stride, ds + i * stride, width, stats + 4 * (r + i));
+        else probabilities(n, width, s, ds, stride, stats + 5 * r);
         gemm<A::columns, true>(visible, p.V, n, s, stride, {dout, vw}, dv, vw);
         gemm<A::columns, true>(visible, p.E, n, ds, stride, {q, w}, dk, w);
         gemm<A::rows, true>(n, p.E, visible, ds, stride, {k, w}, dq + r * w, w);
