@@ -181,6 +181,40 @@ inline void pack_pairs(int64_t rows, int64_t columns, const bf16* x, int64_t str
   }
 }
 
+// Two vectors of floats to pairs: lane l has a[l] and, in its upper half, b[l], rounded to nearest even.
+inline f32 paired(f32 a, f32 b) {
+#if defined(__AVX512BF16__)
+  const u32 low = __builtin_convertvector((u16)_mm512_cvtneps_pbh((__m512)a), u32), high = __builtin_convertvector((u16)_mm512_cvtneps_pbh((__m512)b), u32);
+#else
+  const u32 low = __builtin_convertvector(from_f32(a, bf16{}), u32), high = __builtin_convertvector(from_f32(b, bf16{}), u32);
+#endif
+  return from_bits(low | (high << 16));
+}
+
+// Rows 2 i and 2 i + 1 of floats to row 2 i of pairs, in place: A or B of a product over rows. An odd last row is paired with zeros.
+inline void pair_rows(int64_t rows, int64_t width, float* x, int64_t stride) {
+  for (int64_t i = 0; i < rows; i += 2, x += 2 * stride)
+    for (int64_t j = 0; j < width; j += kLanes) store(x + j, paired(load(x + j), i + 1 < rows ? load(x + stride + j) : f32{}));
+}
+
+// The same from rows of bfloat16: (pairs(rows), padded(columns)).
+inline void pack_paired_rows(int64_t rows, int64_t columns, const bf16* x, int64_t stride, float* out) {
+  const bf16 zeros[kLanes] = {};
+  for (int64_t i = 0; i < rows; i += 2, x += 2 * stride, out += padded(columns))
+    for_vectors(columns, [&](int64_t j, const auto& get, const auto&, int) {
+      const f32 a = get(x + j), b = i + 1 < rows ? get(x + stride + j) : load(zeros);
+      store(out + j, from_bits((bits(a) >> 16) | bits(b)));
+    });
+}
+
+// Rows of float to rows of pairs of neighbours, of the same stride.
+inline void pair_columns(int64_t rows, int64_t width, const float* x, int64_t stride, float* out) {
+  for (int64_t i = 0; i < rows; ++i, x += stride, out += stride) {
+    bf16* line = reinterpret_cast<bf16*>(out);
+    for (int64_t j = 0; j < width; j += kLanes) store(line + j, load(x + j));
+  }
+}
+
 // Rows of float to rows of T, each scaled by a number of its own.
 template <class T>
 inline void unpack_row(int64_t columns, const float* x, float scale, T* out) {

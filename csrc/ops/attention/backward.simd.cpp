@@ -5,7 +5,7 @@ namespace {
 
 // Scratch of an item, in floats. dq, dk, dv: sums while the item runs, used where they do not go to a partial buffer.
 struct Layout {
-  int64_t width, v_width, stride, stats, kt, vt, rows_of_pairs, k, q, dout, as_pairs, s, ds, dq, dk, dv, total;
+  int64_t width, v_width, stride, stats, kt, vt, rows_of_pairs, k, q, dout, as_pairs, s, ds, ds_pairs, dq, dk, dv, total;
   Layout(const Problem& p, const Plan& plan) : width(padded(p.E)), v_width(padded(p.V)), stride(score_stride(plan)) {
     const int64_t keys = plan.key_block, rows = plan.query_block, columns = padded(keys);
     stats = 0;
@@ -19,7 +19,8 @@ struct Layout {
     as_pairs = dout + rows * v_width;
     s = as_pairs + rows * paired;
     ds = s + rows * stride;
-    dk = ds + rows * stride;
+    ds_pairs = ds + rows * stride;
+    dk = ds_pairs + (paired ? rows * stride : 0);
     dv = dk + keys * width;
     dq = dv + keys * v_width;
     total = dq + (plan.key_splits == 1 ? plan.query_rows * width : 0);
@@ -118,6 +119,31 @@ void keep(const Problem& p, const View& x, const Item& item, int64_t begin, int6
   });
 }
 
+// dv += P^T dout, dk += dS^T q, dq += dS k. In pairs of bfloat16, P and dS are rounded to it, as PyTorch's are; s and ds are used up, and dk
+// comes without the scale that stands in the floats of q.
+void add_products(const Problem& p, int64_t rows, int64_t keys, float* s, float* ds, int64_t stride, float* ds_pairs, const float* q, const float* k,
+                  const float* dout, float* dq, float* dk, float* dv) {
+  const int64_t w = padded(p.E), vw = padded(p.V);
+  if (!by_pairs(p)) {
+    gemm<A::columns, true>(keys, p.V, rows, s, stride, {dout, vw}, dv, vw);
+    gemm<A::columns, true>(keys, p.E, rows, ds, stride, {q, w}, dk, w);
+    gemm<A::rows, true>(rows, p.E, keys, ds, stride, {k, w}, dq, w);
+    return;
+  }
+  pair_columns(rows, padded(keys), ds, stride, ds_pairs);
+  pair_rows(rows, padded(keys), s, stride);
+  pair_rows(rows, padded(keys), ds, stride);
+  gemm<A::columns, true, Pairs>(keys, p.V, pairs(rows), s, 2 * stride, {dout, vw}, dv, vw);
+  gemm<A::columns, true, Pairs>(keys, p.E, pairs(rows), ds, 2 * stride, {q, w}, dk, w);
+  gemm<A::rows, true, Pairs>(rows, p.E, pairs(keys), ds_pairs, stride, {k, w}, dq, w);
+}
+
+// Rows that are summed over in the products above: as floats, scaled, or paired, unscaled.
+inline void pack_summed(const Problem& p, int64_t rows, int64_t columns, const View& x, int64_t b, int64_t h, int64_t m, float scale, float* out) {
+  if (by_pairs(p)) return pack_paired_rows(rows, columns, row<bf16>(x, b, h, m), x.s, out);
+  typed(p.type, [&]<class T>() { pack_rows(rows, columns, row<T>(x, b, h, m), x.s, scale, out); });
+}
+
 // Scales finished sums where they lie, for the pass that adds the splits.
 inline void scale_rows(float* x, int64_t n, float scale) {
   for (int64_t i = 0; i < n; i += kLanes) store(x + i, load(x + i) * scale);
@@ -148,26 +174,19 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
     if (visible > 0) {
       pack_keys(p, visible, p.E, p.k, item.b, item.h, n0, scratch + at.rows_of_pairs, kt);
       pack_keys(p, visible, p.V, p.v, item.b, item.h, n0, scratch + at.rows_of_pairs, vt);
-      typed(p.type, [&]<class T>() {
-        pack_rows(visible, p.E, row<T>(p.k, item.b, item.h, n0), p.k.s, 1.0f, k);
-      });
+      pack_summed(p, visible, p.E, p.k, item.b, item.h, n0, 1.0f, k);
     }
     for (int64_t r = 0; r < rows; r += plan.query_block) {
       const int64_t n = least(plan.query_block, rows - r), m = item.m0 + r;
       const bool hidden = p.seen(item.b, m + n - 1) <= n0;
       if (!hidden) {
-        typed(p.type, [&]<class T>() {
-          pack_rows(n, p.E, row<T>(p.q, item.b, item.h, m), p.q.s, p.scale, q);
-          pack_rows(n, p.V, row<T>(in.dout, item.b, item.h, m), in.dout.s, 1.0f, dout);
-        });
+        pack_summed(p, n, p.E, p.q, item.b, item.h, m, p.scale, q);
+        pack_summed(p, n, p.V, in.dout, item.b, item.h, m, 1.0f, dout);
         multiply(p, n, visible, p.E, p.q, item.b, item.h, m, p.scale, q, scratch + at.as_pairs, kt, s, stride);
         if (p.bias || visible != width || p.seen(item.b, m) < n0 + visible) mask(p, item, m, n, n0, visible, s, stride);
         multiply(p, n, visible, p.V, in.dout, item.b, item.h, m, 1.0f, dout, scratch + at.as_pairs, vt, ds, stride);
         if (whole) whole_probabilities(n, width, s, ds, stride, dlse ? dlse + r : nullptr);
         else probabilities(n, width, s, ds, stride, stats + 5 * r);
-        gemm<A::columns, true>(visible, p.V, n, s, stride, {dout, vw}, dv, vw);
-        gemm<A::columns, true>(visible, p.E, n, ds, stride, {q, w}, dk, w);
-        gemm<A::rows, true>(n, p.E, visible, ds, stride, {k, w}, dq + r * w, w);
       }
       if (o.dbias)
         for (int64_t i = 0; i < n; ++i) {
@@ -175,7 +194,9 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
           clear(line + (hidden ? 0 : width), padded(keys) - (hidden ? 0 : width));
           keep_dbias(p, o, item, m + i, n0, keys, line);
         }
+      if (!hidden) add_products(p, n, visible, s, ds, stride, scratch + at.ds_pairs, q, k, dout, dq + r * w, dk, dv);
     }
+    if (by_pairs(p)) scale_rows(dk, keys * w, p.scale);
     if (own_k) {
       keep(p, o.dk, item, n0, keys, dk, p.E);
       keep(p, o.dv, item, n0, keys, dv, p.V);
