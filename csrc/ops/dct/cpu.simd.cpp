@@ -13,9 +13,13 @@ int64_t longest(const Problem& p) { return padded(p.h > p.w ? p.h : p.w); }
 // A plane as Z: blocks of kLanes rows, each w vectors, one per column.
 int64_t plane_floats(const Problem& p) { return padded(p.h) * p.w; }
 
-// Z, a second one for what is added to it between the transforms, a line of vectors, and the two that split.h works with.
+// A plane as rows of float, read and written from end to end: processors do not foresee accesses that are a row apart, and there they
+// stay in cache. One vector more than the row's, so that elements of a column do not fall onto the same cache sets.
+int64_t row_floats(const Problem& p) { return padded(p.w) + kLanes; }
+
+// Z, a second one for what is added to it between the transforms, rows, a line of vectors, and the two that split.h works with.
 int64_t planes(const Problem& p) { return p.kind == Kind::gain && (p.eps || p.noise) ? 2 : 1; }
-int64_t scratch(const Problem& p) { return planes(p) * plane_floats(p) + 3 * longest(p) * kLanes; }
+int64_t scratch(const Problem& p) { return planes(p) * plane_floats(p) + p.h * row_floats(p) + 3 * longest(p) * kLanes; }
 
 template <class T>
 inline f32 load_up_to(const T* x, int n) {
@@ -29,54 +33,36 @@ inline void load_columns(const F& row, int64_t rows, int n, f32 (&v)[kLanes]) {
   transpose(v);
 }
 
-// f(block, its rows, first column, its columns)
-template <class F>
-inline void for_blocks(int64_t rows, int64_t w, const F& f) {
-  for (int64_t i = 0; i < rows; i += kLanes)
-    for (int64_t j = 0; j < w; j += kLanes) f(i / kLanes, least(kLanes, rows - i), j, static_cast<int>(least(kLanes, w - j)));
-}
-
 template <class T>
 struct Plane {
   const Problem& p;
   int64_t rows;
-  float *line, *work;
+  float *image, *line, *work;
 
   float* at(float* z, int64_t block, int64_t j) const { return z + (block * p.w + j) * kLanes; }
+  float* row(int64_t i) const { return image + i * row_floats(p); }
 
-  // Columns [j, j + n) of x, transformed along h, as vectors in `line`.
-  void transform_columns(const T* x, int64_t j, int n) const {
-    const float* from = line;
-    int64_t step = kLanes;
-    if constexpr (sizeof(T) == 4)
-      if (n == kLanes && p.kind != Kind::inverse) from = x + j, step = p.w;
-    if (from == line)
-      for (int64_t i = 0; i < rows; ++i) store(line + i * kLanes, load_up_to(x + i * p.w + j, n));
-    if (p.kind == Kind::inverse) {
-      store(line, load(line) * kFirst);
-      back(p.along_h, 0, from, step, line, kLanes, work);
-    } else {
-      two(p.along_h, 0, from, step, line, kLanes, work);
-      store(line, load(line) * kFirst);
-    }
-  }
-
+  // Z from x, transformed along h where columns are.
   void enter(const T* x, float* z) const {
     f32 v[kLanes];
-    if (!p.columns) {
-      for_blocks(rows, p.w, [&](int64_t block, int64_t count, int64_t j, int n) {
-        load_columns([&](int r) { return x + (block * kLanes + r) * p.w + j; }, count, n, v);
-        for (int e = 0; e < n; ++e) store(at(z, block, j + e), v[e]);
-      });
-      return;
-    }
+    const float first = p.columns && p.kind == Kind::inverse ? kFirst : 1.0f;
+    for (int64_t i = 0; i < rows; ++i) pack_rows(1, p.w, x + i * p.w, 0, i == 0 ? first : 1.0f, row(i));
     for (int64_t j = 0; j < p.w; j += kLanes) {
-      const int n = static_cast<int>(least(kLanes, p.w - j));
-      transform_columns(x, j, n);
-      for_blocks(rows, 1, [&](int64_t block, int64_t count, int64_t, int) {
-        load_columns([&](int r) { return line + (block * kLanes + r) * kLanes; }, count, kLanes, v);
-        for (int e = 0; e < n; ++e) store(at(z, block, j + e), v[e]);
-      });
+      const float* from = image + j;
+      int64_t step = row_floats(p);
+      if (p.columns) {
+        if (p.kind == Kind::inverse) {
+          back(p.along_h, 0, from, step, line, kLanes, work);
+        } else {
+          two(p.along_h, 0, from, step, line, kLanes, work);
+          store(line, load(line) * kFirst);
+        }
+        from = line, step = kLanes;
+      }
+      for (int64_t i = 0; i < rows; i += kLanes) {
+        load_columns([&](int r) { return from + (i + r) * step; }, least(kLanes, rows - i), kLanes, v);
+        for (int e = 0; e < least(kLanes, p.w - j); ++e) store(at(z, i / kLanes, j + e), v[e]);
+      }
     }
   }
 
@@ -101,44 +87,31 @@ struct Plane {
     }
   }
 
-  // Rows of the result from Z.
-  void leave(float* z, float scale, T* y) const {
-    f32 v[kLanes];
-    for_blocks(rows, p.w, [&](int64_t block, int64_t count, int64_t j, int n) {
-      for (int e = 0; e < kLanes; ++e) v[e] = e < n ? load(at(z, block, j + e)) * scale : f32{};
-      transpose(v);
-      T* out = y + block * kLanes * p.w + j;
-      for (int r = 0; r < count; ++r)
-        if (n == kLanes) store(out + r * p.w, v[r]);
-        else store_n(out + r * p.w, v[r], n);
-    });
-  }
-
-  // Rows of the result from Z, after the inverse transform along h; with noise, sigma times it is added.
-  void leave_columns(float* z, const T* noise, float sigma, T* y) const {
+  // Rows from Z, after the inverse transform along h where `columns`.
+  void leave(float* z, bool columns) const {
     f32 v[kLanes];
     for (int64_t j = 0; j < p.w; j += kLanes) {
-      const int n = static_cast<int>(least(kLanes, p.w - j));
-      for_blocks(rows, 1, [&](int64_t block, int64_t, int64_t, int) {
-        for (int e = 0; e < kLanes; ++e) v[e] = e < n ? load(at(z, block, j + e)) : f32{};
+      float* to = columns ? line : image + j;
+      const int64_t step = columns ? kLanes : row_floats(p);
+      for (int64_t i = 0; i < rows; i += kLanes) {
+        for (int e = 0; e < kLanes; ++e) v[e] = j + e < p.w ? load(at(z, i / kLanes, j + e)) : f32{};
         transpose(v);
-        for (int r = 0; r < kLanes; ++r) store(line + (block * kLanes + r) * kLanes, v[r]);
-      });
-      store(line, load(line) * kFirst);
-      if constexpr (sizeof(T) == 4)
-        if (n == kLanes && !noise) {
-          back(p.along_h, 0, line, kLanes, y + j, p.w, work);
-          continue;
-        }
-      back(p.along_h, 0, line, kLanes, line, kLanes, work);
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t place = i * p.w + j;
-        const f32 result = load(line + i * kLanes);
-        const f32 sum = noise ? result + load_up_to(noise + place, n) * sigma : result;
-        if (n == kLanes) store(y + place, sum);
-        else store_n(y + place, sum, n);
+        for (int r = 0; r < least(kLanes, rows - i); ++r) store(to + (i + r) * step, v[r]);
+      }
+      if (columns) {
+        store(line, load(line) * kFirst);
+        back(p.along_h, 0, line, kLanes, image + j, row_floats(p), work);
       }
     }
+  }
+
+  // y = scale rows + sigma noise
+  void write(float scale, const T* noise, float sigma, T* y) const {
+    for (int64_t i = 0; i < rows; ++i)
+      for_vectors(p.w, [&](int64_t j, const auto& get, const auto& put, int) {
+        const f32 result = load(row(i) + j) * scale;
+        put(y + i * p.w + j, noise ? result + get(noise + i * p.w + j) * sigma : result);
+      });
   }
 };
 
@@ -147,8 +120,8 @@ void run_typed(const Problem& p, int64_t plane, float* scratch) {
   const int64_t first = plane * p.h * p.w;
   const T* x = static_cast<const T*>(p.x) + first;
   T* y = static_cast<T*>(p.y) + first;
-  float *z = scratch, *other = z + plane_floats(p), *line = z + planes(p) * plane_floats(p);
-  const Plane<T> part{p, p.columns ? p.h : least(p.h, p.rows - plane * p.h), line, line + longest(p) * kLanes};
+  float *z = scratch, *other = z + plane_floats(p), *image = z + planes(p) * plane_floats(p), *line = image + p.h * row_floats(p);
+  const Plane<T> part{p, p.columns ? p.h : least(p.h, p.rows - plane * p.h), image, line, line + longest(p) * kLanes};
   const int64_t blocks = (part.rows + kLanes - 1) / kLanes;
   const float norm = __builtin_sqrtf(2.0f / p.w) * (p.columns ? __builtin_sqrtf(2.0f / p.h) : 1.0f);
   part.enter(x, z);
@@ -156,7 +129,8 @@ void run_typed(const Problem& p, int64_t plane, float* scratch) {
     for (int64_t b = 0; b < blocks; ++b)
       if (p.kind == Kind::forward) part.forward(part.at(z, b, 0));
       else part.inverse(part.at(z, b, 0));
-    return part.leave(z, norm, y);
+    part.leave(z, false);
+    return part.write(norm, nullptr, 0.0f, y);
   }
   if (p.eps) part.enter(static_cast<const T*>(p.eps) + first, other);
   const T* noise = p.noise ? static_cast<const T*>(p.noise) + first : nullptr;
@@ -182,14 +156,15 @@ void run_typed(const Problem& p, int64_t plane, float* scratch) {
       }
       if (noise) {
         part.by_columns(b, [&](int64_t i) { return noise + i * p.w; }, [&](int64_t j, f32 v) { store(second + j * kLanes, v * norm); });
-        part.by_columns(b, gains(p.gain_noise),
-                        [&](int64_t j, f32 gain) { store(block + j * kLanes, load(block + j * kLanes) + load(second + j * kLanes) * gain); });
+        part.by_columns(b, gains(p.gain_noise), [&](int64_t j, f32 gain) {
+          store(block + j * kLanes, load(block + j * kLanes) + load(second + j * kLanes) * gain);
+        });
       }
     }
     part.inverse(block);
   }
-  if (!p.columns) return part.leave(z, 1.0f, y);
-  part.leave_columns(z, p.kind == Kind::separable ? noise : nullptr, p.sigma ? p.sigma[sample] : 0.0f, y);
+  part.leave(z, p.columns);
+  part.write(1.0f, p.kind == Kind::separable ? noise : nullptr, p.sigma ? p.sigma[sample] : 0.0f, y);
 }
 
 void run(const Problem& p, int64_t plane, float* scratch) {

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <vector>
@@ -17,20 +18,22 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kRowsOfAnItem = 64;  // where rows alone are transformed
+// Up to this length a product with a matrix is no slower than passes over halves; a transform of type 2 is two products of half the length.
+constexpr int64_t kDense = 20;
 
 struct Tables {
   std::vector<float> floats;
   Axis axis;
 };
 
-bool in_registers(int64_t n) { return n <= 16 && (n & (n - 1)) == 0; }
+bool in_registers(int64_t n) { return n <= 32 && (n & (n - 1)) == 0; }
 
 // The splitting of a length with its cosines, made in double. cos(pi j / (2 n)) has period 4 n in j.
 std::shared_ptr<const Tables> make(int64_t n) {
   auto tables = std::make_shared<Tables>();
   Axis& axis = tables->axis;
   axis = {n, n, 0, {}, nullptr, nullptr, nullptr};
-  while (axis.base % 2 == 0 && !in_registers(axis.base)) axis.base /= 2, ++axis.levels;
+  while (axis.base % 2 == 0 && !in_registers(axis.base) && axis.base > (axis.levels ? kDense : 2 * kDense)) axis.base /= 2, ++axis.levels;
   std::vector<float>& out = tables->floats;
   const double pi = std::acos(-1.0);
   const int64_t b = axis.base, half = b / 2, rest = b - half;
@@ -160,7 +163,8 @@ void separable_gain(const Tensor& x_, const Tensor& rows_, const Tensor& columns
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) {
   m.def("dct(Tensor x, int dims, bool inverse, Tensor(a!) y) -> ()");
   m.def(
-      "frequency_mix(Tensor x, Tensor gain, Tensor? eps, Tensor? gain_eps, Tensor? noise, Tensor? gain_noise, int dims, Tensor(a!) y) -> ()");
+      "frequency_mix(Tensor x, Tensor gain, Tensor? eps, Tensor? gain_eps, Tensor? noise, Tensor? gain_noise, int dims, Tensor(a!) y) "
+      "-> ()");
   m.def("separable_gain(Tensor x, Tensor rows, Tensor columns, Tensor base, Tensor? noise, Tensor? sigma, Tensor(a!) y) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CPU, m) {

@@ -13,9 +13,9 @@ constexpr int kLevels = 48;
 struct Axis {
   int64_t n, base;
   int levels;
-  // Level l >= 1: for a transform of type 4 of M = n >> l elements, cos and sin of pi (2 i + 1) / (4 M), i < M / 2, the ones after the others.
+  // Level l >= 1: for a transform of type 4 of M = n >> l elements, cos of pi (2 i + 1) / (4 M) for i < M / 2, and then sin.
   const float* turns[kLevels];
-  // At the base, unless it is 1, 2, 4, 8 or 16: the type-2 transform's matrices of sums and of differences, and the type-4 transform's.
+  // At the base, unless it is 1, 2, 4, 8, 16 or 32: the type-2 transform's matrices of sums and of differences, and the type-4 transform's.
   const float *sums, *differences, *fourth;
 };
 

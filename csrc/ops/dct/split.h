@@ -1,7 +1,8 @@
 // Cosine transforms of kLanes columns at once: one vector per element. Lengths are halved while they are even, down to a base that is
 // computed in registers or, of odd length, by a product with a matrix. Include from *.simd.cpp alone.
 //
-// Type 2: X_k = sum x_n cos(pi (2 n + 1) k / (2 N)). Even k are the transform of x_n + x_{N-1-n}, odd k the type-4 transform of x_n - x_{N-1-n}.
+// Type 2: X_k = sum x_n cos(pi (2 n + 1) k / (2 N)). Even k are the type-2 transform of x_n + x_{N-1-n}, odd k the type-4 transform of
+// x_n - x_{N-1-n}, n < N / 2.
 // Type 4: X_k = sum x_n cos(pi (2 n + 1) (2 k + 1) / (4 M)). With t_n = pi (2 n + 1) / (4 M), the type-2 transforms C of
 // x_n cos t_n + x_{M-1-n} sin t_n and V of (-1)^n (x_{M-1-n} cos t_n - x_n sin t_n) give X_0 = C_0, X_{2j} = C_j + V_{M/2-j},
 // X_{2j-1} = C_j - V_{M/2-j}, X_{M-1} = -V_0. Every step is a rotation or a sum and difference: errors grow with the number of levels.
@@ -34,46 +35,46 @@ struct Turns {
 };
 
 template <int M>
-inline void four(f32 (&x)[M]);
+__attribute__((always_inline)) inline void four(f32 (&x)[M]);
 
 template <int N>
-inline void two(f32 (&x)[N]) {
+__attribute__((always_inline)) inline void two(f32 (&x)[N]) {
   if constexpr (N > 1) {
     constexpr int h = N / 2;
     f32 s[h], d[h];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int n = 0; n < h; ++n) s[n] = x[n] + x[N - 1 - n], d[n] = x[n] - x[N - 1 - n];
     two<h>(s);
     four<h>(d);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int n = 0; n < h; ++n) x[2 * n] = s[n], x[2 * n + 1] = d[n];
   }
 }
 
 // The transpose of `two`.
 template <int N>
-inline void back(f32 (&x)[N]) {
+__attribute__((always_inline)) inline void back(f32 (&x)[N]) {
   if constexpr (N > 1) {
     constexpr int h = N / 2;
     f32 s[h], d[h];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int n = 0; n < h; ++n) s[n] = x[2 * n], d[n] = x[2 * n + 1];
     back<h>(s);
     four<h>(d);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int n = 0; n < h; ++n) x[n] = s[n] + d[n], x[N - 1 - n] = s[n] - d[n];
   }
 }
 
 template <int M>
-inline void four(f32 (&x)[M]) {
+__attribute__((always_inline)) inline void four(f32 (&x)[M]) {
   if constexpr (M == 1) {
     x[0] *= 0x1.6a09e6p-1f;
   } else {
     constexpr int h = M / 2;
     constexpr Turns<M> turn;
     f32 c[h], v[h];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int n = 0; n < h; ++n) {
       c[n] = x[n] * turn.cos[n] + x[M - 1 - n] * turn.sin[n];
       v[n] = n % 2 ? x[n] * turn.sin[n] - x[M - 1 - n] * turn.cos[n] : x[M - 1 - n] * turn.cos[n] - x[n] * turn.sin[n];
@@ -82,7 +83,7 @@ inline void four(f32 (&x)[M]) {
     two<h>(v);
     x[0] = c[0];
     x[M - 1] = -v[0];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int j = 1; j < h; ++j) x[2 * j] = c[j] + v[h - j], x[2 * j - 1] = c[j] - v[h - j];
   }
 }
@@ -92,12 +93,12 @@ enum class Step { two, back, four };
 template <int N, Step step>
 inline void in_registers(const float* x, int64_t xs, float* y, int64_t ys) {
   f32 v[N];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int n = 0; n < N; ++n) v[n] = load(x + n * xs);
   if constexpr (step == Step::two) two<N>(v);
   else if constexpr (step == Step::back) back<N>(v);
   else four<N>(v);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int n = 0; n < N; ++n) store(y + n * ys, v[n]);
 }
 
@@ -110,6 +111,7 @@ bool small(int64_t n, const float* x, int64_t xs, float* y, int64_t ys) {
     case 4: in_registers<4, step>(x, xs, y, ys); return true;
     case 8: in_registers<8, step>(x, xs, y, ys); return true;
     case 16: in_registers<16, step>(x, xs, y, ys); return true;
+    case 32: in_registers<32, step>(x, xs, y, ys); return true;
   }
   return false;
 }
