@@ -3,7 +3,7 @@
 The only place optional libraries are imported: one that is missing is named in MISSING, and its peers are left out.
 """
 
-import importlib
+import importlib.metadata
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def _optional(name):
     except ImportError as error:
         MISSING[name] = str(error)
         return None
-    VERSIONS[name] = module.__version__
+    VERSIONS[name] = importlib.metadata.version(name)
     return module
 
 
@@ -314,3 +314,110 @@ def _cross_attention_layer(target, source, q_weight, k_weight, v_weight, out_wei
 
 
 _eager("cross_attend", _cross_attention_layer)
+
+
+# dct, idct and what is made of them. scipy is given torch's number of threads, and dense products their matrices, made outside the times.
+
+@lru_cache(32)
+def _cosines(n, device, dtype):
+    k = torch.arange(n, device=device, dtype=torch.float64)
+    D = torch.cos(torch.pi / n * (k + 0.5) * k.unsqueeze(1)) * (2 / n) ** 0.5
+    D[0] *= 0.5 ** 0.5
+    return D.to(dtype)
+
+
+def _dense_dct(x, dims):
+    rows, columns = (_cosines(n, x.device, x.dtype) for n in x.shape[-2:])
+    y = x @ columns.T
+    return rows @ y if dims == 2 else y
+
+
+def _dense_idct(x, dims):
+    rows, columns = (_cosines(n, x.device, x.dtype) for n in x.shape[-2:])
+    y = x @ columns
+    return rows.T @ y if dims == 2 else y
+
+
+def _scipy(name):
+    def run(x, dims):
+        y = getattr(scipy.fft, name)(x.numpy(), axes=tuple(range(-dims, 0)), norm="ortho", workers=torch.get_num_threads())
+        return torch.from_numpy(y)
+
+    return run
+
+
+def _scipy_takes(x, **_):
+    if x.is_cuda or x.dtype not in (torch.float32, torch.float64):
+        return "takes float32 and float64 on a CPU only"
+    return "has no derivative" if x.requires_grad else None
+
+
+def _torch_dct(name):
+    return lambda x, dims: getattr(torch_dct, name if dims == 1 else f"{name}_2d")(x, norm="ortho")
+
+
+def _torch_dct_takes(x, **_):
+    return None if x.dtype in (torch.float32, torch.float64) else "takes float32 and float64 only"
+
+
+def _by_transforms(dct, idct):
+    """frequency_gain, blur, blur_diffuse and blur_denoise by a transform of one's own."""
+
+    def gain(x, gain, dims):
+        return idct(gain * dct(x, dims), dims)
+
+    def blur(x, width, floor):
+        h, w = x.shape[2:]
+        i, j = (torch.arange(n, device=x.device) * (torch.pi / n) for n in (h, w))
+        time = width.square().view(-1, 1, 1, 1) / 2
+        return gain(x, ((1 - floor) * torch.exp(-(i.square().unsqueeze(1) + j.square()) * time) + floor).to(x.dtype), 2)
+
+    def blur_diffuse(x, noise, signal, sigma, width, floor):
+        scalar = lambda s: s.view(-1, 1, 1, 1).to(x.dtype)
+        return scalar(signal) * blur(x, width, floor) + scalar(sigma) * noise
+
+    def blur_denoise(z, eps, noise, gain_z, gain_eps, gain_noise):
+        return idct(gain_z * dct(z, 2) + gain_eps * dct(eps, 2) + gain_noise * noise, 2)
+
+    return {"frequency_gain": gain, "blur": blur, "blur_diffuse": blur_diffuse, "blur_denoise": blur_denoise}
+
+
+def _kernels(x, width, floor):
+    """The blur along each axis as a matrix per sample."""
+    made = []
+    for n in x.shape[2:]:
+        D, k = _cosines(n, x.device, torch.float32), torch.arange(n, device=x.device) * (torch.pi / n)
+        g = torch.exp(-k.square() * width.square().unsqueeze(1) / 2)
+        made.append((D.T @ (g.unsqueeze(2) * D)).unsqueeze(1).to(x.dtype))
+    return made
+
+
+def _separable_blur(x, width, floor):
+    rows, columns = _kernels(x, width, floor)
+    y = rows @ x @ columns
+    return (1 - floor) * y + floor * x if floor else y
+
+
+def _separable_diffuse(x, noise, signal, sigma, width, floor):
+    scalar = lambda s: s.view(-1, 1, 1, 1).to(x.dtype)
+    return scalar(signal) * _separable_blur(x, width, floor) + scalar(sigma) * noise
+
+
+_eager("dct", _dense_dct)
+_eager("idct", _dense_idct)
+for _op, _run in _by_transforms(_dense_dct, _dense_idct).items():
+    _eager(_op, _run)
+_add("blur", "separable", _separable_blur)
+_add("blur_diffuse", "separable", _separable_diffuse)
+scipy = _optional("scipy")
+torch_dct = _optional("torch_dct")
+if scipy:
+    _add("dct", "scipy", _scipy("dctn"), _scipy_takes)
+    _add("idct", "scipy", _scipy("idctn"), _scipy_takes)
+    for _op, _run in _by_transforms(_scipy("dctn"), _scipy("idctn")).items():
+        _add(_op, "scipy", _run, lambda x=None, z=None, **_: _scipy_takes(z if x is None else x))
+if torch_dct:
+    _add("dct", "torch-dct", _torch_dct("dct"), _torch_dct_takes)
+    _add("idct", "torch-dct", _torch_dct("idct"), _torch_dct_takes)
+    for _op, _run in _by_transforms(_torch_dct("dct"), _torch_dct("idct")).items():
+        _add(_op, "torch-dct", _run, lambda x=None, z=None, **_: _torch_dct_takes(z if x is None else x))

@@ -2,9 +2,11 @@
 
 from .attention import attention, attention_with_lse
 from .cross_attend import cross_attend
+from .dct import blur, blur_denoise, blur_diffuse, dct, frequency_gain, idct
 from .fourier_cross_attend import fourier_cross_attend
 from .linear import linear
 from .merge_attention import merge_attention
 from .patchify import patchify, unpatchify
 
-__all__ = ["attention", "attention_with_lse", "cross_attend", "fourier_cross_attend", "linear", "merge_attention", "patchify", "unpatchify"]
+__all__ = ["attention", "attention_with_lse", "blur", "blur_denoise", "blur_diffuse", "cross_attend", "dct", "fourier_cross_attend",
+           "frequency_gain", "idct", "linear", "merge_attention", "patchify", "unpatchify"]

@@ -1,0 +1,174 @@
+#include "ops/dct/op.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "common/parallel.h"
+#include "common/tensor.h"
+
+namespace fastdiff::dct {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kRowsOfAnItem = 64;  // where rows alone are transformed
+// Up to this length a product with a matrix is no slower than passes over halves; a transform of type 2 is two products of half the length.
+constexpr int64_t kDense = 20;
+
+struct Tables {
+  std::vector<float> floats;
+  Axis axis;
+};
+
+bool in_registers(int64_t n) { return n <= 32 && (n & (n - 1)) == 0; }
+
+// The splitting of a length with its cosines, made in double. cos(pi j / (2 n)) has period 4 n in j.
+std::shared_ptr<const Tables> make(int64_t n) {
+  auto tables = std::make_shared<Tables>();
+  Axis& axis = tables->axis;
+  axis = {n, n, 0, {}, nullptr, nullptr, nullptr};
+  while (axis.base % 2 == 0 && !in_registers(axis.base) && axis.base > (axis.levels ? kDense : 2 * kDense)) axis.base /= 2, ++axis.levels;
+  std::vector<float>& out = tables->floats;
+  const double pi = std::acos(-1.0);
+  const int64_t b = axis.base, half = b / 2, rest = b - half;
+  const bool dense = !in_registers(b);
+  out.reserve(2 * n + (dense ? rest * rest + half * half + b * b : 0));
+  for (int l = 1; l < axis.levels; ++l) {
+    const int64_t M = n >> l;
+    axis.turns[l] = out.data() + out.size();
+    for (int64_t i = 0; i < M / 2; ++i) out.push_back(static_cast<float>(std::cos(pi * (2 * i + 1) / (4 * M))));
+    for (int64_t i = 0; i < M / 2; ++i) out.push_back(static_cast<float>(std::sin(pi * (2 * i + 1) / (4 * M))));
+  }
+  if (!dense) return tables;
+  std::vector<float> cosines(8 * b);
+  for (int64_t j = 0; j < 8 * b; ++j) cosines[j] = static_cast<float>(std::cos(pi * j / (4 * b)));
+  // Rows k, columns i: cos(pi times (2 i + 1) over 4 b).
+  const auto matrix = [&](int64_t rows, int64_t columns, auto times) {
+    const float* first = out.data() + out.size();
+    for (int64_t k = 0; k < rows; ++k)
+      for (int64_t i = 0; i < columns; ++i) out.push_back(cosines[times(k) * (2 * i + 1) % (8 * b)]);
+    return first;
+  };
+  axis.sums = matrix(rest, rest, [](int64_t k) { return 4 * k; });
+  axis.differences = matrix(half, half, [](int64_t k) { return 4 * k + 2; });
+  if (axis.levels) axis.fourth = matrix(b, b, [](int64_t k) { return 2 * k + 1; });
+  return tables;
+}
+
+// Tables of the last lengths that were asked for; large ones are made anew.
+std::shared_ptr<const Tables> tables_of(int64_t n) {
+  static std::mutex mutex;
+  static std::map<int64_t, std::shared_ptr<const Tables>> known;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (const auto found = known.find(n); found != known.end()) return found->second;
+  }
+  auto made = make(n);
+  if (made->floats.size() <= size_t{1} << 18) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (known.size() >= 16) known.clear();
+    known[n] = made;
+  }
+  return made;
+}
+
+const void* data(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
+const float* floats(const std::optional<Tensor>& x) { return static_cast<const float*>(data(x)); }
+std::optional<Tensor> dense(const std::optional<Tensor>& x) { return x ? std::optional(torch::stable::contiguous(*x)) : std::nullopt; }
+
+// Tables stay alive while the call runs.
+struct Call {
+  Problem p{};
+  std::shared_ptr<const Tables> h, w;
+
+  Call(const Tensor& x, int64_t dims, Kind kind, const Tensor& y) {
+    p.type = type_of(x), p.kind = kind, p.columns = dims == 2;
+    p.x = x.const_data_ptr(), p.y = y.mutable_data_ptr();
+    p.w = x.size(x.dim() - 1), p.rows = x.numel() / p.w;
+    p.h = p.columns ? x.size(x.dim() - 2) : std::min(p.rows, kRowsOfAnItem);
+    p.planes = (p.rows + p.h - 1) / p.h;
+    w = tables_of(p.w), p.along_w = w->axis;
+    if (p.columns) h = tables_of(p.h), p.along_h = h->axis;
+  }
+
+  void run() const {
+    const Kernels& kernels = pick_kernels();
+    for_items(p.planes, kernels.scratch(p), [&](int64_t plane, float* scratch) { kernels.run(p, plane, scratch); });
+  }
+};
+
+void dct(const Tensor& x_, int64_t dims, bool inverse, const Tensor& y) {
+  if (y.numel() == 0) return;
+  const Tensor x = torch::stable::contiguous(x_);
+  Call(x, dims, inverse ? Kind::inverse : Kind::forward, y).run();
+}
+
+// A gain that is x's shape, or 1 along each axis but the transformed ones, with the element at which each plane's begins.
+struct Gains {
+  std::optional<Tensor> gain;
+  std::vector<int64_t> begins{0};
+
+  Gains(const Tensor& x, const std::optional<Tensor>& given, int64_t dims) : gain(dense(given)) {
+    if (!gain) return;
+    const int64_t lead = x.dim() - dims, missing = x.dim() - gain->dim();
+    int64_t step = 1;
+    for (int64_t axis = lead; axis < x.dim(); ++axis) step *= x.size(axis);
+    for (int64_t axis = lead; axis-- > 0;) {
+      const bool whole = axis >= missing && gain->size(axis - missing) > 1;
+      const size_t inner = begins.size();
+      for (int64_t i = 1; i < x.size(axis); ++i)
+        for (size_t k = 0; k < inner; ++k) begins.push_back(begins[k] + (whole ? i * step : 0));
+      if (whole) step *= x.size(axis);
+    }
+  }
+
+  Gain view() const { return {floats(gain), begins.data()}; }
+};
+
+void frequency_mix(const Tensor& x_, const Tensor& gain_, const std::optional<Tensor>& eps_, const std::optional<Tensor>& gain_eps_,
+                   const std::optional<Tensor>& noise_, const std::optional<Tensor>& gain_noise_, int64_t dims, const Tensor& y) {
+  if (y.numel() == 0) return;
+  const Tensor x = torch::stable::contiguous(x_);
+  const std::optional<Tensor> eps = dense(eps_), noise = dense(noise_);
+  const Gains gain(x, gain_, dims), gain_eps(x, gain_eps_, dims), gain_noise(x, gain_noise_, dims);
+  Call call(x, dims, Kind::gain, y);
+  Problem& p = call.p;
+  p.eps = data(eps), p.noise = data(noise);
+  p.gain = gain.view(), p.gain_eps = gain_eps.view(), p.gain_noise = gain_noise.view();
+  call.run();
+}
+
+void separable_gain(const Tensor& x_, const Tensor& rows_, const Tensor& columns_, const Tensor& base_, const std::optional<Tensor>& noise_,
+                    const std::optional<Tensor>& sigma_, const Tensor& y) {
+  if (y.numel() == 0) return;
+  const Tensor x = torch::stable::contiguous(x_), rows = torch::stable::contiguous(rows_), columns = torch::stable::contiguous(columns_),
+               base = torch::stable::contiguous(base_);
+  const std::optional<Tensor> noise = dense(noise_), sigma = dense(sigma_);
+  Call call(x, 2, Kind::separable, y);
+  Problem& p = call.p;
+  p.channels = x.size(1), p.noise = data(noise), p.sigma = floats(sigma);
+  p.gain_h = floats(rows), p.gain_w = floats(columns), p.base = floats(base);
+  call.run();
+}
+
+}  // namespace
+}  // namespace fastdiff::dct
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) {
+  m.def("dct(Tensor x, int dims, bool inverse, Tensor(a!) y) -> ()");
+  m.def(
+      "frequency_mix(Tensor x, Tensor gain, Tensor? eps, Tensor? gain_eps, Tensor? noise, Tensor? gain_noise, int dims, Tensor(a!) y) "
+      "-> ()");
+  m.def("separable_gain(Tensor x, Tensor rows, Tensor columns, Tensor base, Tensor? noise, Tensor? sigma, Tensor(a!) y) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CPU, m) {
+  m.impl("dct", TORCH_BOX(&fastdiff::dct::dct));
+  m.impl("frequency_mix", TORCH_BOX(&fastdiff::dct::frequency_mix));
+  m.impl("separable_gain", TORCH_BOX(&fastdiff::dct::separable_gain));
+}
