@@ -5,6 +5,8 @@ from .cross_attend import cross_attend
 from .fourier_cross_attend import fourier_cross_attend
 from .linear import linear
 from .merge_attention import merge_attention
+from .patch_embed import patch_embed, unpatch_project
 from .patchify import patchify, unpatchify
 
-__all__ = ["attention", "attention_with_lse", "cross_attend", "fourier_cross_attend", "linear", "merge_attention", "patchify", "unpatchify"]
+__all__ = ["attention", "attention_with_lse", "cross_attend", "fourier_cross_attend", "linear", "merge_attention", "patch_embed",
+           "patchify", "unpatch_project", "unpatchify"]
