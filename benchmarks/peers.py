@@ -155,6 +155,35 @@ _add("patchify", "pixel_unshuffle", _pixel_unshuffle, _square)
 _add("unpatchify", "pixel_shuffle", _pixel_shuffle, _square)
 
 
+# space_to_depth, depth_to_space
+
+def _eager_space_to_depth(x, patch, order):
+    B, C, *space = x.shape
+    axes, grid = range(len(space)), [size // p for size, p in zip(space, patch, strict=True)]
+    split = x.reshape(B, C, *(n for pair in zip(grid, patch, strict=True) for n in pair))
+    inner = [3 + 2 * i for i in axes]
+    depth = split.permute(0, *((*inner, 1) if order == "pqc" else (1, *inner)), *(2 + 2 * i for i in axes)).contiguous()
+    return depth.view(B, prod(patch) * C, *grid)
+
+
+def _eager_depth_to_space(x, patch, order):
+    (B, K, *grid), n = x.shape, len(patch)
+    split = x.reshape(B, *((*patch, K // prod(patch)) if order == "pqc" else (K // prod(patch), *patch)), *grid)
+    channel, first = (1 + n, 1) if order == "pqc" else (1, 2)
+    space = split.permute(0, channel, *(a for i in range(n) for a in (2 + n + i, first + i))).contiguous()
+    return space.view(B, K // prod(patch), *(g * p for g, p in zip(grid, patch, strict=True)))
+
+
+def _convolutional(patch, order):
+    return _square(patch) or (None if order == "cpq" else "takes order cpq only")
+
+
+_eager("space_to_depth", _eager_space_to_depth)
+_eager("depth_to_space", _eager_depth_to_space)
+_add("space_to_depth", "pixel_unshuffle", lambda x, patch, order: F.pixel_unshuffle(x, patch[0]), lambda x, **o: _convolutional(**o))
+_add("depth_to_space", "pixel_shuffle", lambda x, patch, order: F.pixel_shuffle(x, patch[0]), lambda x, **o: _convolutional(**o))
+
+
 # patch_embed, unpatch_project: a rearrangement and a linear layer, or a convolution with the weight in its order, made outside the times
 
 def _placed(y, position):

@@ -6,7 +6,7 @@ from .fourier_cross_attend import fourier_cross_attend
 from .linear import linear
 from .merge_attention import merge_attention
 from .patch_embed import patch_embed, unpatch_project
-from .patchify import patchify, unpatchify
+from .patchify import depth_to_space, patchify, space_to_depth, unpatchify
 
-__all__ = ["attention", "attention_with_lse", "cross_attend", "fourier_cross_attend", "linear", "merge_attention", "patch_embed",
-           "patchify", "unpatch_project", "unpatchify"]
+__all__ = ["attention", "attention_with_lse", "cross_attend", "depth_to_space", "fourier_cross_attend", "linear", "merge_attention",
+           "patch_embed", "patchify", "space_to_depth", "unpatch_project", "unpatchify"]
