@@ -9,10 +9,10 @@ from fastdiff.ops import depth_to_space, patchify, space_to_depth
 
 @pytest.fixture
 def image():
-    return torch.randn(2, 5, 60, 240, generator=torch.Generator().manual_seed(0))
+    return torch.randn(2, 5, 120, 480, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("patch", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("patch", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_pixel_shuffle(image, patch, layout):
     x = image.to(memory_format=layout)

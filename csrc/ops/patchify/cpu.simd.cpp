@@ -166,6 +166,7 @@ void column(const Row<T>& r) {
     case 2: return deal<T, ToTokens, 2>(r);
     case 3: return deal<T, ToTokens, 3>(r);
     case 4: return deal<T, ToTokens, 4>(r);
+    case 8: return deal<T, ToTokens, 8>(r);
   }
   for (int64_t c = 0; c < r.channels; ++c)
     for (int64_t j = 0; j < r.q; ++j)
