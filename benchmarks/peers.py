@@ -155,6 +155,79 @@ _add("patchify", "pixel_unshuffle", _pixel_unshuffle, _square)
 _add("unpatchify", "pixel_shuffle", _pixel_shuffle, _square)
 
 
+# space_to_depth, depth_to_space
+
+def _eager_space_to_depth(x, patch, order):
+    B, C, *space = x.shape
+    axes, grid = range(len(space)), [size // p for size, p in zip(space, patch, strict=True)]
+    split = x.reshape(B, C, *(n for pair in zip(grid, patch, strict=True) for n in pair))
+    inner = [3 + 2 * i for i in axes]
+    depth = split.permute(0, *((*inner, 1) if order == "pqc" else (1, *inner)), *(2 + 2 * i for i in axes)).contiguous()
+    return depth.view(B, prod(patch) * C, *grid)
+
+
+def _eager_depth_to_space(x, patch, order):
+    (B, K, *grid), n = x.shape, len(patch)
+    split = x.reshape(B, *((*patch, K // prod(patch)) if order == "pqc" else (K // prod(patch), *patch)), *grid)
+    channel, first = (1 + n, 1) if order == "pqc" else (1, 2)
+    space = split.permute(0, channel, *(a for i in range(n) for a in (2 + n + i, first + i))).contiguous()
+    return space.view(B, K // prod(patch), *(g * p for g, p in zip(grid, patch, strict=True)))
+
+
+def _convolutional(patch, order):
+    return _square(patch) or (None if order == "cpq" else "takes order cpq only")
+
+
+_eager("space_to_depth", _eager_space_to_depth)
+_eager("depth_to_space", _eager_depth_to_space)
+_add("space_to_depth", "pixel_unshuffle", lambda x, patch, order: F.pixel_unshuffle(x, patch[0]), lambda x, **o: _convolutional(**o))
+_add("depth_to_space", "pixel_shuffle", lambda x, patch, order: F.pixel_shuffle(x, patch[0]), lambda x, **o: _convolutional(**o))
+
+
+# patch_embed, unpatch_project: a rearrangement and a linear layer, or a convolution with the weight in its order, made outside the times
+
+def _placed(y, position):
+    return y if position is None else y + position
+
+
+def _by_patches(rearrange):
+    return lambda x, weight, bias, position, patch, order: _placed(F.linear(rearrange(x, patch, order), weight, bias), position)
+
+
+def _to_image(rearrange):
+    return lambda tokens, weight, bias, patch, grid, order: rearrange(F.linear(tokens, weight, bias), patch, grid, order)
+
+
+_KERNELS = {}
+
+
+def _kernel(weight, patch, order):
+    """The weight as a convolution's."""
+    if weight.requires_grad or _KERNELS.get("of") is not weight:
+        C = weight.shape[1] // prod(patch)
+        made = weight.unflatten(1, (C, *patch)) if order == "cpq" else weight.unflatten(1, (*patch, C)).movedim(-1, 1).contiguous()
+        if weight.requires_grad:
+            return made
+        _KERNELS.update(of=weight, kernel=made)
+    return _KERNELS["kernel"]
+
+
+def _strided_convolution(x, weight, bias, position, patch, order):
+    convolution = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(patch)]
+    y = convolution(x, _kernel(weight, patch, order), bias, stride=patch)
+    return _placed(y.flatten(2).transpose(1, 2), position).contiguous()
+
+
+_eager("patch_embed", _by_patches(_eager_patchify))
+_eager("unpatch_project", _to_image(_eager_unpatchify))
+_add("patch_embed", "convolution", _strided_convolution)
+_add("patch_embed", "unfold", _by_patches(_unfold), _planar)
+_add("unpatch_project", "fold", _to_image(_fold), _planar)
+if einops:
+    _add("patch_embed", "einops", _by_patches(_einops_patchify))
+    _add("unpatch_project", "einops", _to_image(_einops_unpatchify))
+
+
 # attention
 
 @lru_cache(8)

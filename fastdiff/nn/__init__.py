@@ -2,6 +2,7 @@
 
 from .cross_attention import CrossAttention
 from .fourier_cross_attention import FourierCrossAttention
+from .patches import PatchEmbed, Unpatch
 from .self_attention import SelfAttention
 
-__all__ = ["CrossAttention", "FourierCrossAttention", "SelfAttention"]
+__all__ = ["CrossAttention", "FourierCrossAttention", "PatchEmbed", "SelfAttention", "Unpatch"]

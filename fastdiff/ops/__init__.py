@@ -6,7 +6,9 @@ from .dct import blur, blur_denoise, blur_diffuse, dct, frequency_gain, idct
 from .fourier_cross_attend import fourier_cross_attend
 from .linear import linear
 from .merge_attention import merge_attention
-from .patchify import patchify, unpatchify
+from .patch_embed import patch_embed, unpatch_project
+from .patchify import depth_to_space, patchify, space_to_depth, unpatchify
 
-__all__ = ["attention", "attention_with_lse", "blur", "blur_denoise", "blur_diffuse", "cross_attend", "dct", "fourier_cross_attend",
-           "frequency_gain", "idct", "linear", "merge_attention", "patchify", "unpatchify"]
+__all__ = ["attention", "attention_with_lse", "blur", "blur_denoise", "blur_diffuse", "cross_attend", "dct", "depth_to_space",
+           "fourier_cross_attend", "frequency_gain", "idct", "linear", "merge_attention", "patch_embed", "patchify", "space_to_depth",
+           "unpatch_project", "unpatchify"]

@@ -142,6 +142,39 @@ void interleave(const Row<T>& r) {
   by_buffer<T, ToTokens, C>(r);
 }
 
+// Columns of tokens: a row of each of the image's planes is dealt out to q places, neighbours of which are `token_pixel` apart.
+template <class T, bool ToTokens, int q>
+void deal(const Row<T>& r) {
+  constexpr int kCount = 4 * kLanes / sizeof(T);
+  for (int64_t c = 0; c < r.channels; ++c) {
+    T *image = r.image + c * r.channel_stride, *tokens = r.tokens + c * r.token_channel;
+    int64_t g = 0;
+    for (; g + kCount <= r.patches; g += kCount) {
+      T *places[q], *block[q];
+      for (int j = 0; j < q; ++j) places[j] = tokens + j * r.token_pixel + g, block[j] = image + g * q + j * kCount;
+      if constexpr (ToTokens) Shuffle<T, q, false, kCount>::run(block, places);
+      else Shuffle<T, q, true, kCount>::run(places, block);
+    }
+    for (; g < r.patches; ++g)
+      for (int j = 0; j < q; ++j) move<T, ToTokens>(image + g * q + j, tokens + j * r.token_pixel + g);
+  }
+}
+
+template <class T, bool ToTokens>
+void column(const Row<T>& r) {
+  if (r.pixel_stride == 1) switch (r.q) {
+    case 2: return deal<T, ToTokens, 2>(r);
+    case 3: return deal<T, ToTokens, 3>(r);
+    case 4: return deal<T, ToTokens, 4>(r);
+    case 8: return deal<T, ToTokens, 8>(r);
+  }
+  for (int64_t c = 0; c < r.channels; ++c)
+    for (int64_t j = 0; j < r.q; ++j)
+      for (int64_t g = 0; g < r.patches; ++g)
+        move<T, ToTokens>(r.image + c * r.channel_stride + (g * r.q + j) * r.pixel_stride,
+                          r.tokens + c * r.token_channel + j * r.token_pixel + g);
+}
+
 template <class T, bool ToTokens>
 void row(const Row<T>& r) {
   const bool pixels = r.pixel_stride == 1, pixels_in_token = r.token_pixel == 1;
@@ -168,7 +201,7 @@ void rows(const Shape& s, T* image, T* tokens, int64_t begin, int64_t end) {
         const int64_t line = i0 * p[1] + i1;
         // A row touches a part of every token of its piece: processors foresee the image's rows, but not that. The next piece's tokens are
         // fetched meanwhile, a slice with every row.
-        if (piece + 1 < end) {
+        if (piece + 1 < end && !s.columns) {
           const int64_t slice = g[2] * p[2] * s.channels;
           const T* next = tokens + (piece + 1) * g[2] * width + line * slice;
           for (int64_t j = 0; j < slice; j += 64 / int64_t{sizeof(T)}) __builtin_prefetch(next + j, ToTokens, 2);
@@ -177,7 +210,14 @@ void rows(const Shape& s, T* image, T* tokens, int64_t begin, int64_t end) {
                  tokens + piece * g[2] * width + line * p[2] * (s.channels_last ? s.channels : 1),
                  g[2], p[2], s.channels, s.stride[1], s.stride[4], width,
                  s.channels_last ? 1 : p[0] * p[1] * p[2], s.channels_last ? s.channels : 1};
-        row<T, ToTokens>(r);
+        if (s.columns) {
+          const int64_t count = g[0] * g[1] * g[2];
+          r.tokens = tokens + b * count * width + line * p[2] * r.token_pixel * count + (piece - b * g[0] * g[1]) * g[2];
+          r.token_channel *= count, r.token_pixel *= count;
+          column<T, ToTokens>(r);
+        } else {
+          row<T, ToTokens>(r);
+        }
       }
   }
 }

@@ -38,6 +38,19 @@ void unpatchify(const Tensor& tokens, std::vector<int64_t> patch, std::vector<in
   if (out.numel()) to_image(torch::stable::contiguous(tokens), shape_of(out, patch, order), out);
 }
 
+Shape with_columns(Shape s) {
+  s.columns = true;
+  return s;
+}
+
+void space_to_depth(const Tensor& x, std::vector<int64_t> patch, std::string order, const Tensor& out) {
+  if (out.numel()) to_tokens(x, with_columns(shape_of(x, patch, order)), out);
+}
+
+void depth_to_space(const Tensor& x, std::vector<int64_t> patch, std::string order, const Tensor& out) {
+  if (out.numel()) to_image(torch::stable::contiguous(x), with_columns(shape_of(out, patch, order)), out);
+}
+
 std::optional<Tensor> patchify_eager(const Tensor& x, std::vector<int64_t> patch, std::string order) {
   if (!is_native_float(x) || static_cast<size_t>(x.dim()) != patch.size() + 2 || x.numel() == 0) return std::nullopt;
   int64_t tokens = 1, width = x.size(1);
@@ -68,10 +81,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) {
   m.def("patchify_eager(Tensor x, int[] patch, str order) -> Tensor?");
   m.def("unpatchify_eager(Tensor tokens, int[] patch, int[] grid, str order) -> Tensor?");
   m.def("unpatchify(Tensor tokens, int[] patch, int[] grid, str order, Tensor(a!) out) -> ()");
+  m.def("space_to_depth(Tensor x, int[] patch, str order, Tensor(a!) out) -> ()");
+  m.def("depth_to_space(Tensor x, int[] patch, str order, Tensor(a!) out) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CPU, m) {
   m.impl("patchify", TORCH_BOX(&fastdiff::patchify::patchify));
   m.impl("patchify_eager", TORCH_BOX(&fastdiff::patchify::patchify_eager));
   m.impl("unpatchify_eager", TORCH_BOX(&fastdiff::patchify::unpatchify_eager));
   m.impl("unpatchify", TORCH_BOX(&fastdiff::patchify::unpatchify));
+  m.impl("space_to_depth", TORCH_BOX(&fastdiff::patchify::space_to_depth));
+  m.impl("depth_to_space", TORCH_BOX(&fastdiff::patchify::depth_to_space));
 }

@@ -1,4 +1,4 @@
-// Moves elements between an image of any strides and contiguous rows of patches.
+// Moves elements between an image of any strides and contiguous rows, or columns, of patches.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,7 @@ struct Shape {
   int64_t grid[3], patch[3];
   int64_t stride[5];   // of the image, in elements: batch, channel, three of space
   bool channels_last;  // order "pqc" within a token; otherwise "cpq"
+  bool columns = false;  // a sample is (elements of a token, tokens) in memory, not (tokens, elements)
 };
 
 // Independent pieces of work: one row of patches along the last axis for each batch and leading grid position.

@@ -61,5 +61,6 @@ def linear(x, weight, bias=None):
     """
     if tensor("linear", "x", x).dim() == 0:
         fail("linear", "x wants at least one dimension, got a scalar")
-    y = LINEAR(x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0), weight, bias, None)
+    rows = x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    y = LINEAR(rows, weight, bias, None)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

@@ -11,14 +11,29 @@ _LAYOUTS = {1: "B C w", 2: "B C h w", 3: "B C t h w"}
 _ORDERS = ("pqc", "cpq")
 
 
-def _patchify_outputs(x, patch, order):
-    op = "patchify"
+def _grid(op, x, patch):
     dims(op, x=(x, _LAYOUTS[len(patch)]))
     for axis, (size, p) in enumerate(zip(x.shape[2:], patch, strict=True)):
         if size % p:
             fail(op, f"patch wants divisors of the image size {tuple(x.shape[2:])}, got {tuple(patch)}: {size} % {p} on axis {axis + 2}")
-    tokens = prod(size // p for size, p in zip(x.shape[2:], patch, strict=True))
-    return x.new_empty((x.shape[0], tokens, prod(patch) * x.shape[1]))
+    return [size // p for size, p in zip(x.shape[2:], patch, strict=True)]
+
+
+def _patchify_outputs(x, patch, order):
+    return x.new_empty((x.shape[0], prod(_grid("patchify", x, patch)), prod(patch) * x.shape[1]))
+
+
+def _space_to_depth_outputs(x, patch, order):
+    grid = _grid("space_to_depth", x, patch)
+    return x.new_empty((x.shape[0], prod(patch) * x.shape[1], *grid))
+
+
+def _depth_to_space_outputs(x, patch, order):
+    op = "depth_to_space"
+    dims(op, x=(x, _LAYOUTS[len(patch)]))
+    if x.shape[1] % prod(patch):
+        fail(op, f"patch wants a product that divides the {x.shape[1]} channels of x, got {tuple(patch)}")
+    return x.new_empty((x.shape[0], x.shape[1] // prod(patch), *(g * p for g, p in zip(x.shape[2:], patch, strict=True))))
 
 
 def _unpatchify_outputs(tokens, patch, grid, order):
@@ -37,6 +52,10 @@ PATCHIFY = contract("patchify(Tensor x, SymInt[] patch, str order) -> Tensor", o
 UNPATCHIFY = contract("unpatchify(Tensor tokens, SymInt[] patch, SymInt[] grid, str order) -> Tensor", outputs=_unpatchify_outputs,
                       reference=reference.unpatchify, backends=(cuda("unpatchify"), triton.UNPATCHIFY, cpu("unpatchify")),
                       module=__name__, entries=("unpatchify_eager",))
+SPACE_TO_DEPTH = contract("space_to_depth(Tensor x, SymInt[] patch, str order) -> Tensor", outputs=_space_to_depth_outputs,
+                          reference=reference.space_to_depth, backends=(cpu("space_to_depth"),), module=__name__)
+DEPTH_TO_SPACE = contract("depth_to_space(Tensor x, SymInt[] patch, str order) -> Tensor", outputs=_depth_to_space_outputs,
+                          reference=reference.depth_to_space, backends=(cpu("depth_to_space"),), module=__name__)
 
 
 def _save_grid(ctx, args, outs):
@@ -53,6 +72,11 @@ UNPATCHIFY.autograd(
     save=lambda ctx, args, outs: (),
     backward=lambda ctx, dy: (None if dy is None else PATCHIFY(dy, ctx.args[1], ctx.args[3]), None, None, None),
     jvp=lambda ctx, dtokens, *_: UNPATCHIFY(dtokens, *ctx.args[1:]))
+for _one, _other in ((SPACE_TO_DEPTH, DEPTH_TO_SPACE), (DEPTH_TO_SPACE, SPACE_TO_DEPTH)):
+    _one.autograd(
+        save=lambda ctx, args, outs: (),
+        backward=lambda ctx, dy, other=_other: (None if dy is None else other(dy, *ctx.args[1:]), None, None),
+        jvp=lambda ctx, dx, *_, one=_one: one(dx, *ctx.args[1:]))
 
 
 def _fold(made):
@@ -67,6 +91,8 @@ def _fold(made):
 
 PATCHIFY.vmap(_fold(PATCHIFY))
 UNPATCHIFY.vmap(_fold(UNPATCHIFY))
+SPACE_TO_DEPTH.vmap(_fold(SPACE_TO_DEPTH))
+DEPTH_TO_SPACE.vmap(_fold(DEPTH_TO_SPACE))
 
 
 def patchify(x, patch, *, order="pqc"):
@@ -106,3 +132,38 @@ def unpatchify(tokens, patch, grid, *, order="pqc"):
     args = (tokens, integers("unpatchify", "patch", patch, len(grid)), grid, option("unpatchify", "order", order, _ORDERS))
     x = UNPATCHIFY.eager(args)
     return UNPATCHIFY(*args) if x is None else x
+
+
+def _image_options(op, x, patch, order):
+    space = tensor(op, "x", x).dim() - 2
+    if space not in _LAYOUTS:
+        fail(op, f"x wants 3 to 5 dimensions (B, C, 1 to 3 of space), got {x.dim()}: {tuple(x.shape)}")
+    return integers(op, "patch", patch, space), option(op, "order", order, _ORDERS)
+
+
+def space_to_depth(x, patch, *, order="pqc"):
+    """Image to a smaller image of patches: y[b, :, g] = the elements of patch g; with "cpq" as torch's pixel_unshuffle.
+
+    Shapes   x (B, C, *space), space 1-D to 3-D, any strides; patch an int or one per axis, dividing it
+             -> y (B, prod(patch) * C, *(space / patch)), contiguous
+    Order    of y's channels: "pqc" (row, column, channel) or "cpq" (channel, row, column), as in `patchify`
+    Dtypes   float32, float16, bfloat16, float64; elements are moved, not changed
+    Grads    x; every order
+    Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
+    Source   Luhman & Luhman 2022 (patched U-Net); Shi et al. 2016 (pixel shuffle)
+    """
+    return SPACE_TO_DEPTH(x, *_image_options("space_to_depth", x, patch, order))
+
+
+def depth_to_space(x, patch, *, order="pqc"):
+    """The inverse of `space_to_depth`; with "cpq" as torch's pixel_shuffle.
+
+    Shapes   x (B, prod(patch) * C, *grid), grid 1-D to 3-D, any strides; patch an int or one per axis
+             -> y (B, C, *(grid * patch)), contiguous
+    Order    of x's channels, as in `space_to_depth`
+    Dtypes   float32, float16, bfloat16, float64; elements are moved, not changed
+    Grads    x; every order
+    Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
+    Source   Luhman & Luhman 2022 (patched U-Net); Shi et al. 2016 (pixel shuffle)
+    """
+    return DEPTH_TO_SPACE(x, *_image_options("depth_to_space", x, patch, order))

@@ -1,4 +1,4 @@
-"""Sizes, inputs, work and benchmark shapes of patchify and unpatchify."""
+"""Sizes, inputs, work and benchmark shapes of patchify, space_to_depth and their inverses."""
 
 from math import prod
 
@@ -22,6 +22,11 @@ def _unpatchify(B, C, grid, patch, order, square):
     return dict(tokens=Array((B, prod(grid), prod(patch) * C)), patch=patch, grid=grid, order=order)
 
 
+def _depth_to_space(B, C, grid, patch, order, square):
+    patch = patch if isinstance(patch, tuple) else _patch(grid, patch, square)
+    return dict(x=Array((B, prod(patch) * C, *grid)), patch=patch, order=order)
+
+
 def _bytes(size, x=None, tokens=None, **_):
     return 2 * size * prod((x if tokens is None else tokens).shape)
 
@@ -38,4 +43,5 @@ def _case(arguments, name):
                 bench=_BENCH)
 
 
-CASES = {"patchify": _case(_patchify, "x"), "unpatchify": _case(_unpatchify, "tokens")}
+CASES = {"patchify": _case(_patchify, "x"), "unpatchify": _case(_unpatchify, "tokens"), "space_to_depth": _case(_patchify, "x"),
+         "depth_to_space": _case(_depth_to_space, "x")}

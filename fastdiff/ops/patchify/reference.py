@@ -1,4 +1,4 @@
-"""Patchify and its inverse in reshapes and permutations."""
+"""Patchify, the same as an image, and their inverses in reshapes and permutations."""
 
 
 def _axes(space, order):
@@ -28,3 +28,13 @@ def unpatchify(tokens, patch, grid, order):
     inverse = sorted(range(len(axes)), key=axes.__getitem__)
     image = tokens.reshape([sizes[a] for a in axes]).permute(inverse)
     return image.reshape(B, C, *[g * p for g, p in zip(grid, patch, strict=True)])
+
+
+def space_to_depth(x, patch, order):
+    grid = [size // p for size, p in zip(x.shape[2:], patch, strict=True)]
+    tokens = patchify(x, patch, order)
+    return tokens.transpose(1, 2).reshape(x.shape[0], tokens.shape[2], *grid)
+
+
+def depth_to_space(x, patch, order):
+    return unpatchify(x.flatten(2).transpose(1, 2), patch, x.shape[2:], order)
