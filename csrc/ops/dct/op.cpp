@@ -26,7 +26,7 @@ struct Tables {
   Axis axis;
 };
 
-bool in_registers(int64_t n) { return n <= 32 && (n & (n - 1)) == 0; }
+bool in_registers(int64_t n) { return (n <= 32 && (n & (n - 1)) == 0) || n == 7 || n == 14 || n == 28; }
 
 // The splitting of a length with its cosines, made in double. cos(pi j / (2 n)) has period 4 n in j.
 std::shared_ptr<const Tables> make(int64_t n) {

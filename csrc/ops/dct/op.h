@@ -15,7 +15,8 @@ struct Axis {
   int levels;
   // Level l >= 1: for a transform of type 4 of M = n >> l elements, cos of pi (2 i + 1) / (4 M) for i < M / 2, and then sin.
   const float* turns[kLevels];
-  // At the base, unless it is 1, 2, 4, 8, 16 or 32: the type-2 transform's matrices of sums and of differences, and the type-4 transform's.
+  // At the base, unless it is 1, 2, 4, 7, 8, 14, 16, 28 or 32: the type-2 transform's matrices of sums and of
+  // differences, and the type-4 transform's.
   const float *sums, *differences, *fourth;
 };
 

@@ -15,6 +15,8 @@ namespace fastdiff::dct::FASTDIFF_ISA {
 
 using namespace fastdiff::FASTDIFF_ISA;
 
+constexpr double pi = 3.14159265358979323846;
+
 // cos x for |x| <= pi / 2, at compile time.
 constexpr double cosine(double x) {
   double term = 1, sum = 1;
@@ -22,11 +24,40 @@ constexpr double cosine(double x) {
   return sum;
 }
 
+// cos(pi j / (2 n))
+constexpr double quarter(int j, int n) {
+  j %= 4 * n;
+  j = j > 2 * n ? 4 * n - j : j;
+  return j > n ? -cosine(pi * (2 * n - j) / (2 * n)) : cosine(pi * j / (2 * n));
+}
+
+// A matrix of odd size in registers: cos(pi (2 i + 1) (first + step k) / (2 n)) in row k, column i; transposed, y_i sums over k.
+template <int size>
+struct Dense {
+  float at[size][size];
+  constexpr Dense(int first, int step, int n) : at() {
+    for (int k = 0; k < size; ++k)
+      for (int i = 0; i < size; ++i) at[k][i] = static_cast<float>(quarter((2 * i + 1) * (first + step * k), n));
+  }
+};
+
+template <bool transposed, int size>
+__attribute__((always_inline)) inline void multiply(const Dense<size>& m, f32 (&x)[size]) {
+  f32 y[size];
+#pragma GCC unroll 32
+  for (int k = 0; k < size; ++k) {
+    y[k] = x[0] * (transposed ? m.at[0][k] : m.at[k][0]);
+#pragma GCC unroll 32
+    for (int i = 1; i < size; ++i) y[k] += x[i] * (transposed ? m.at[i][k] : m.at[k][i]);
+  }
+#pragma GCC unroll 32
+  for (int k = 0; k < size; ++k) x[k] = y[k];
+}
+
 template <int M>
 struct Turns {
   float cos[M / 2], sin[M / 2];
   constexpr Turns() : cos(), sin() {
-    constexpr double pi = 3.14159265358979323846;
     for (int n = 0; n < M / 2; ++n) {
       cos[n] = static_cast<float>(cosine(pi * (2 * n + 1) / (4 * M)));
       sin[n] = static_cast<float>(cosine(pi / 2 - pi * (2 * n + 1) / (4 * M)));
@@ -39,8 +70,20 @@ __attribute__((always_inline)) inline void four(f32 (&x)[M]);
 
 template <int N>
 __attribute__((always_inline)) inline void two(f32 (&x)[N]) {
-  if constexpr (N > 1) {
-    constexpr int h = N / 2;
+  constexpr int h = N / 2;
+  if constexpr (N > 1 && N % 2) {
+    static constexpr Dense<h + 1> sums(0, 2, N);
+    static constexpr Dense<h> differences(1, 2, N);
+    f32 s[h + 1], d[h];
+#pragma GCC unroll 32
+    for (int n = 0; n < h; ++n) s[n] = x[n] + x[N - 1 - n], d[n] = x[n] - x[N - 1 - n];
+    s[h] = x[h];
+    multiply<false>(sums, s);
+    multiply<false>(differences, d);
+#pragma GCC unroll 32
+    for (int n = 0; n < h; ++n) x[2 * n] = s[n], x[2 * n + 1] = d[n];
+    x[N - 1] = s[h];
+  } else if constexpr (N > 1) {
     f32 s[h], d[h];
 #pragma GCC unroll 32
     for (int n = 0; n < h; ++n) s[n] = x[n] + x[N - 1 - n], d[n] = x[n] - x[N - 1 - n];
@@ -54,8 +97,20 @@ __attribute__((always_inline)) inline void two(f32 (&x)[N]) {
 // The transpose of `two`.
 template <int N>
 __attribute__((always_inline)) inline void back(f32 (&x)[N]) {
-  if constexpr (N > 1) {
-    constexpr int h = N / 2;
+  constexpr int h = N / 2;
+  if constexpr (N > 1 && N % 2) {
+    static constexpr Dense<h + 1> sums(0, 2, N);
+    static constexpr Dense<h> differences(1, 2, N);
+    f32 s[h + 1], d[h];
+#pragma GCC unroll 32
+    for (int n = 0; n < h; ++n) s[n] = x[2 * n], d[n] = x[2 * n + 1];
+    s[h] = x[N - 1];
+    multiply<true>(sums, s);
+    multiply<true>(differences, d);
+#pragma GCC unroll 32
+    for (int n = 0; n < h; ++n) x[n] = s[n] + d[n], x[N - 1 - n] = s[n] - d[n];
+    x[h] = s[h];
+  } else if constexpr (N > 1) {
     f32 s[h], d[h];
 #pragma GCC unroll 32
     for (int n = 0; n < h; ++n) s[n] = x[2 * n], d[n] = x[2 * n + 1];
@@ -70,6 +125,10 @@ template <int M>
 __attribute__((always_inline)) inline void four(f32 (&x)[M]) {
   if constexpr (M == 1) {
     x[0] *= 0x1.6a09e6p-1f;
+  } else if constexpr (M % 2) {
+    // cos(pi (2 n + 1) (2 k + 1) / (4 M)) is that of a transform of 2 M elements, at its odd frequencies.
+    static constexpr Dense<M> matrix(1, 2, 2 * M);
+    multiply<false>(matrix, x);
   } else {
     constexpr int h = M / 2;
     constexpr Turns<M> turn;
@@ -110,6 +169,9 @@ bool small(int64_t n, const float* x, int64_t xs, float* y, int64_t ys) {
     case 2: in_registers<2, step>(x, xs, y, ys); return true;
     case 4: in_registers<4, step>(x, xs, y, ys); return true;
     case 8: in_registers<8, step>(x, xs, y, ys); return true;
+    case 7: in_registers<7, step>(x, xs, y, ys); return true;
+    case 14: in_registers<14, step>(x, xs, y, ys); return true;
+    case 28: in_registers<28, step>(x, xs, y, ys); return true;
     case 16: in_registers<16, step>(x, xs, y, ys); return true;
     case 32: in_registers<32, step>(x, xs, y, ys); return true;
   }
