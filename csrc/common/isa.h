@@ -1,4 +1,4 @@
-// Which of the three copies of a SIMD kernel runs. Every *.simd.cpp is compiled with FASTDIFF_ISA = baseline, avx2, avx512 and
+// Which of the four copies of a SIMD kernel runs. Every *.simd.cpp is compiled with FASTDIFF_ISA = baseline, avx2, avx512 and
 // avx512bf16 (baseline alone where the processor is not x86-64) and defines one table of function pointers in the namespace of that name.
 #pragma once
 
