@@ -14,17 +14,19 @@ const T* at(const Matrix& m, int64_t i, int64_t k) {
   return static_cast<const T*>(m.data) + i * m.row + k * m.column;
 }
 
-// (depth, columns) in packed panels, from rows of it that are contiguous.
-template <class T>
+// (depth, columns) in packed panels, from rows of it that are contiguous; with `paired`, rows 2 k and 2 k + 1 in one row of pairs.
+template <bool paired, class T>
 void pack_panels(int64_t depth, int64_t columns, const T* x, int64_t stride, float* out) {
   const Panels panels(vectors(columns));
   for (int p = 0; p < panels.count; ++p) {
     const int64_t first = panels.first(p) * kLanes, width = panels.width(p) * kLanes;
-    for (int64_t k = 0; k < depth; ++k, out += width)
+    for (int64_t k = 0; k < depth; k += 1 + paired, out += width)
       for (int64_t j = 0; j < width; j += kLanes) {
         const int64_t left = columns - first - j;
+        const auto get = [&](const T* source) { return left >= kLanes ? load(source) : left > 0 ? load_n(source, static_cast<int>(left)) : f32{}; };
         const T* source = x + k * stride + first + j;
-        store(out + j, left >= kLanes ? load(source) : left > 0 ? load_n(source, static_cast<int>(left)) : f32{});
+        if constexpr (paired) store(out + j, from_bits((bits(get(source)) >> 16) | bits(k + 1 < depth ? get(source + stride) : f32{})));
+        else store(out + j, get(source));
       }
   }
 }
@@ -37,8 +39,8 @@ int64_t scratch(const Plan& plan) {
   return plan.rows * padded(plan.columns) + (by_rows > by_columns ? by_rows : by_columns);
 }
 
-// Whether pairs of bfloat16 are multiplied as they are: where both sides have them together in memory.
-inline bool by_pairs(const Problem& p) { return kPairs && p.type == Type::bf16 && p.x.column == 1 && p.weight.column == 1; }
+// Whether pairs of bfloat16 are multiplied as they are.
+inline bool by_pairs(const Problem& p) { return kPairs && p.type == Type::bf16; }
 
 void pack(const Problem& p, const Plan& plan, int64_t k0, int64_t block, float* packed, float* scratch) {
   const int64_t n0 = block * plan.columns, columns = least(plan.columns, p.N - n0), end = least(p.K, k0 + plan.slab);
@@ -46,11 +48,16 @@ void pack(const Problem& p, const Plan& plan, int64_t k0, int64_t block, float* 
   typed(p.type, [&]<class T>() {
     for (int64_t k = k0; k < end; k += plan.depth, out += plan.depth * padded(columns)) {
       const int64_t depth = least(plan.depth, end - k);
-      if (by_pairs(p)) {
+      const T* weight = at<T>(p.weight, n0, k);
+      if (p.weight.column != 1) {
+        if (by_pairs(p)) pack_panels<true>(depth, columns, weight, p.weight.column, out);
+        else pack_panels<false>(depth, columns, weight, p.weight.column, out);
+      } else if (by_pairs(p)) {
         pack_pairs(columns, depth, at<bf16>(p.weight, n0, k), p.weight.row, scratch);
         pack_transposed(columns, pairs(depth), scratch, padded(pairs(depth)), Unscaled{}, out);
-      } else if (p.weight.column == 1) pack_transposed(columns, depth, at<T>(p.weight, n0, k), p.weight.row, Unscaled{}, out);
-      else pack_panels(depth, columns, at<T>(p.weight, n0, k), p.weight.column, out);
+      } else {
+        pack_transposed(columns, depth, weight, p.weight.row, Unscaled{}, out);
+      }
     }
   });
 }
@@ -66,22 +73,29 @@ void run_typed(const Problem& p, const Plan& plan, int64_t k0, const float* pack
     else for (int64_t j = 0; j < width; j += kLanes) store(y + j, f32{});
     for (int64_t i = width; i < rows * width; i += kLanes) store(y + i, load(y + i - width));
     if (p.added)
-      for (int64_t i = 0; i < rows; ++i)
-        for_vectors(columns, [&](int64_t j, const auto& get, const auto&, int) {
-          float* at = y + i * width + j;
-          store(at, load(at) + get(static_cast<const T*>(p.added) + (m0 + i) * p.N + n0 + j));
-        });
+      typed(p.y_type, [&]<class Y>() {
+        for (int64_t i = 0; i < rows; ++i)
+          for_vectors(columns, [&](int64_t j, const auto& get, const auto&, int) {
+            float* at = y + i * width + j;
+            store(at, load(at) + get(static_cast<const Y*>(p.added) + (m0 + i) * p.N + n0 + j));
+          });
+      });
   }
   const float* w = packed + block * plan.slab * padded(plan.columns);
   for (int64_t k = k0; k < end; k += plan.depth, w += plan.depth * width) {
     const int64_t depth = least(plan.depth, end - k);
+    const bool by_rows = p.x.column == 1;
     if (by_pairs(p)) {
-      pack_pairs(rows, depth, at<bf16>(p.x, m0, k), p.x.row, lines);
-      gemm<A::rows, true, Pairs>(rows, columns, pairs(depth), lines, padded(pairs(depth)), {w, 0}, y, width);
+      if (by_rows) {
+        pack_pairs(rows, depth, at<bf16>(p.x, m0, k), p.x.row, lines);
+        gemm<A::rows, true, Pairs>(rows, columns, pairs(depth), lines, padded(pairs(depth)), {w, 0}, y, width);
+      } else {
+        pack_paired_rows(depth, rows, at<bf16>(p.x, m0, k), p.x.column, lines);
+        gemm<A::columns, true, Pairs>(rows, columns, pairs(depth), lines, padded(rows), {w, 0}, y, width);
+      }
       continue;
     }
     // x as lines that are contiguous, its rows or its columns; copied unless they are rows of floats, which are read as they lie.
-    const bool by_rows = p.x.column == 1;
     const T* x = at<T>(p.x, m0, k);
     const float* a = reinterpret_cast<const float*>(x);
     int64_t stride = by_rows ? p.x.row : p.x.column;
@@ -94,7 +108,9 @@ void run_typed(const Problem& p, const Plan& plan, int64_t k0, const float* pack
     else gemm<A::columns, true>(rows, columns, depth, a, stride, {w, 0}, y, width);
   }
   if (end == p.K)
-    for (int64_t i = 0; i < rows; ++i) unpack_row(columns, y + i * width, 1.0f, static_cast<T*>(p.y) + (m0 + i) * p.N + n0);
+    typed(p.y_type, [&]<class Y>() {
+      for (int64_t i = 0; i < rows; ++i) unpack_row(columns, y + i * width, 1.0f, static_cast<Y*>(p.y) + (m0 + i) * p.N + n0);
+    });
 }
 
 void run(const Problem& p, const Plan& plan, int64_t k0, const float* packed, float* sums, int64_t item, float* scratch) {

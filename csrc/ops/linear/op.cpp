@@ -17,8 +17,9 @@ using torch::stable::Tensor;
 constexpr int64_t kPackedFloats = 2 << 20;
 
 // From sizes alone. 96 rows of x and of y beside a panel of W fit a core's L2; narrower blocks where there would be fewer than 8 items.
-Plan plan_of(int64_t M, int64_t N, int64_t K) {
-  Plan plan{std::min<int64_t>(M, 96), std::min<int64_t>(N, 256), std::min<int64_t>(K, 256), K};
+Plan plan_of(const Problem& p) {
+  const int64_t M = p.M, N = p.N, K = std::max<int64_t>(1, p.K);
+  Plan plan{std::min<int64_t>(M, 96), std::min<int64_t>(N, 256), std::min<int64_t>(K, p.type == Type::bf16 ? 512 : 256), K};
   const auto pieces = [](int64_t n, int64_t block) { return (n + block - 1) / block; };
   while (plan.columns > 64 && pieces(M, plan.rows) * pieces(N, plan.columns) < 8) plan.columns = std::max<int64_t>(64, plan.columns / 128 * 64);
   if (N * K > kPackedFloats) plan.slab = std::max<int64_t>(1, kPackedFloats / N / plan.depth) * plan.depth;
@@ -37,9 +38,9 @@ void linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>
   std::optional<Tensor> bias, added;
   if (bias_) bias = torch::stable::contiguous(*bias_);
   if (added_) added = torch::stable::contiguous(*added_);
-  const Problem p{type_of(y), x.size(0), weight.size(0), x.size(1), matrix(x), matrix(weight), bias ? bias->const_data_ptr() : nullptr,
+  const Problem p{type_of(x), type_of(y), x.size(0), weight.size(0), x.size(1), matrix(x), matrix(weight), bias ? bias->const_data_ptr() : nullptr,
                   added ? added->const_data_ptr() : nullptr, y.mutable_data_ptr()};
-  const Plan plan = plan_of(p.M, p.N, std::max<int64_t>(1, p.K));
+  const Plan plan = plan_of(p);
   const Kernels& kernels = pick_kernels();
   const int64_t width = kernels.padded(plan.columns);
   const Buffer packed = allocate(plan.packs(p) * plan.slab * width);

@@ -15,7 +15,7 @@ struct Matrix {
 };
 
 struct Problem {
-  Type type;
+  Type type, y_type;  // of x, weight, bias; of added, y
   int64_t M, N, K;
   Matrix x, weight;  // (M, K), (N, K)
   const void* bias;   // (N,), or null

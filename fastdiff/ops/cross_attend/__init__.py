@@ -31,35 +31,35 @@ def _check(op, args, key_lengths, heads, residual):
 
 
 def _own_linear(x, weight, bias, added, out):
-    added = None if added is None else added.float()
-    if out is not None and out.is_contiguous() and out.dtype == torch.float32:
-        into("linear", (out.view(-1, out.shape[-1]),), x, weight, bias, added)
-        return out
-    y = torch.ops.fastdiff.linear(x, weight, bias, added)
-    return y if out is None else out.copy_(y.view(out.shape))
+    y = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    into("linear", (y.view(-1, y.shape[-1]),), x, weight, bias, added)
+    return out if y is out else out.copy_(y)
 
 
 def _torch_linear(x, weight, bias, added, out):
     y = F.linear(x, weight, bias)
-    y = y if added is None else y.float().add_(added)
-    return y if out is None else out.copy_(y.view(out.shape))
+    return out.copy_((y if added is None else y.float().add_(added)).view(out.shape))
 
 
 class _Means(NamedTuple):
     """What the parts of the long side are computed with.
 
-    linear(x, weight, bias, added, out): x W^T + bias + added, into `out` if it is given. chunk: numbers in one projection of a part.
-    narrow: dtypes that are not computed in float32.
+    linear(x, weight, bias, added, out): x W^T + bias + added into `out`, whose dtype is added's and may be another than x's. chunk: numbers
+    in one projection of a part.
     """
 
     linear: Callable
     chunk: int
-    narrow: tuple
 
 
-# On a CPU what a part needs stays in cache. On a GPU a part fills the chip, and bfloat16 is rounded between products, as
-# PyTorch's own layers do; float16 would lack the range where only what stands between is large.
-_CPU, _GPU = _Means(_own_linear, 1 << 19, ()), _Means(_torch_linear, 1 << 26, (torch.bfloat16,))
+# On a CPU what a part needs stays in cache. On a GPU a part fills the chip.
+_CPU, _GPU = _Means(_own_linear, 1 << 19), _Means(_torch_linear, 1 << 26)
+
+
+def _between(dtype):
+    """What stands between products: bfloat16 is rounded, as PyTorch's own layers do; float16 would lack the range where only what stands
+    between is large."""
+    return dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32
 
 
 def _parts(n, width, means):
@@ -84,19 +84,21 @@ def _outputs(*args):
     *tensors, key_lengths, heads, _, residual = args
     sizes = _check("cross_attend", tensors, key_lengths, heads, residual)
     target = tensors[0]
-    wide = torch.float64 if target.dtype is torch.float64 else torch.float32
+    between, sums = _between(target.dtype), torch.float64 if target.dtype is torch.float64 else torch.float32
     B, A, V = (sizes[axis] for axis in "BAV")
     q, kv, a = _kept(target, sizes["N"], max(A, V))
-    made = ((B, q, A), (B, kv, A), (B, kv, V), (B, a, V), (B, heads, a), (B, heads, a))
-    return target.new_empty((B, sizes["M"], sizes["O"])), *(target.new_empty(shape, dtype=wide) for shape in made)
+    made = ((B, q, A), (B, kv, A), (B, kv, V), (B, a, V), (B, a, V if between is torch.bfloat16 else 0))
+    return (target.new_empty((B, sizes["M"], sizes["O"])), *(target.new_empty(shape, dtype=between) for shape in made),
+            *(target.new_empty((B, heads, a), dtype=sums) for _ in range(2)))
 
 
 def _backward_outputs(dout, *args):
-    *tensors, key_lengths, q, k, v, attended, lse, lse_low, heads, _, residual = args
+    *tensors, key_lengths, q, k, v, attended, attended_low, lse, lse_low, heads, _, residual = args
     op = "cross_attend_backward"
     _check(op, tensors, key_lengths, heads, residual)
     dims(op, target=(tensors[0], "B M D"), dout=(dout, "B M O"))
-    dims(op, q=(q, "B I A"), k=(k, "B J A"), v=(v, "B J V"), attended=(attended, "B K V"), lse=(lse, "B H K"), lse_low=(lse_low, "B H K"))
+    dims(op, q=(q, "B I A"), k=(k, "B J A"), v=(v, "B J V"), attended=(attended, "B K V"), attended_low=(attended_low, "B K L"))
+    dims(op, lse=(lse, "B H K"), lse_low=(lse_low, "B H K"))
     return tuple(dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
 
@@ -106,7 +108,7 @@ class _Layer:
     """The layer's parameters, the pieces of its forward pass and of its gradient, and the gradients summed so far, in float32."""
 
     def __init__(self, tensors, heads, eps, means):
-        self.dtype = tensors[0].dtype if tensors[0].dtype in means.narrow else torch.float32
+        self.dtype = _between(tensors[0].dtype)
         cast = [None if x is None else x.to(self.dtype) for x in tensors[2:]]
         self.q, self.k, self.v, self.out = zip(cast[:4], cast[4:8], strict=True)
         self.norms, self.heads, self.eps, self.linear = (cast[8:10], cast[10:12]), heads, eps, means.linear
@@ -117,38 +119,37 @@ class _Layer:
         x, (gain, shift) = x.to(self.dtype), self.norms[which]
         return x if gain is None else F.layer_norm(x, x.shape[-1:], gain, shift, self.eps)
 
-    def project(self, x, pair, added=None, out=None):
+    def project(self, x, pair, added=None, out=None, dtype=None):
         """x W^T + b + added; into `out` if it is given."""
-        y = self.linear(x.to(self.dtype).flatten(0, 1), *pair, None if added is None else added.flatten(0, 1), out)
-        return y.view(*x.shape[:2], pair[0].shape[0])
+        if out is None:
+            out = x.new_empty((*x.shape[:2], pair[0].shape[0]), dtype=dtype or self.dtype)
+        return self.linear(x.to(self.dtype).flatten(0, 1), *pair, None if added is None else added.flatten(0, 1), out)
 
     def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (self.heads, x.shape[-1] // self.heads)).transpose(1, 2)
 
     def attend(self, q, k, v, key_lengths, out=None):
-        """(attended (B, M, V), log-sum-exp in two floats), all in float32, into three tensors if they are given. Not through attention's
-        contract: v may have a width of its own."""
+        """(attended (B, M, V), what its rounding left over, log-sum-exp in two floats), into four tensors if they are given. Not through
+        attention's contract: v may have a width of its own."""
         if out is None:
-            rows = (q.shape[0], self.heads, q.shape[1])
-            out = tuple(q.new_empty(shape, dtype=torch.float32) for shape in ((*q.shape[:2], v.shape[2]), rows, rows))
-        y = out[0] if self.dtype == torch.float32 else torch.empty_like(out[0], dtype=self.dtype)
-        heads = self.split(y)
-        low = heads[..., :0] if y is out[0] else heads.new_empty(heads.shape)
-        into("attention", (heads, low, *out[1:]), self.split(q), self.split(k), self.split(v), None, key_lengths, False, None)
-        if y is not out[0]:
-            self.split(out[0]).copy_(heads.float() + low.float() / LOW.value)
+            (B, M), V = q.shape[:2], v.shape[2]
+            out = (q.new_empty((B, M, V)), q.new_empty((B, M, V if self.dtype is torch.bfloat16 else 0)),
+                   *(q.new_empty((B, self.heads, M), dtype=torch.float32) for _ in range(2)))
+        into("attention", (*map(self.split, out[:2]), *out[2:]), *map(self.split, (q, k, v)), None, key_lengths, False, None)
         return out
 
     def add(self, name, value):
         self.grads[name] = self.grads[name].add_(value) if name in self.grads else value.float()
 
-    def project_backward(self, dy, x, pair, name, added=None):
-        """Gradient by x of a projection, + added, in float32; the parameters' are added to what there is."""
+    def project_backward(self, dy, x, pair, name, added=None, dtype=torch.float32):
+        """Gradient by x of a projection, + added; the parameters' are added to what there is."""
         flat, weight = dy.to(self.dtype).flatten(0, 1), f"{name}_weight"
-        self.grads[weight] = self.linear(flat.T, x.to(self.dtype).flatten(0, 1).T, None, self.grads.get(weight), None).float()
+        before = self.grads.get(weight)
+        out = pair[0].new_empty(pair[0].shape, dtype=torch.float32) if before is None else before
+        self.grads[weight] = self.linear(flat.T, x.to(self.dtype).flatten(0, 1).T, None, before, out)
         if pair[1] is not None and name in ("q", "out"):
-            self.add(f"{name}_bias", flat.float().sum(0))
-        return self.project(dy, (pair[0].T, None), added).float()
+            self.add(f"{name}_bias", flat.sum(0, dtype=torch.float32))
+        return self.project(dy, (pair[0].T, None), added, dtype=dtype)
 
     def norm_backward(self, dy, x, which):
         """In float32."""
@@ -165,21 +166,28 @@ class _Layer:
     def bias_backward(self, da, key_lengths):
         """Of v: a query's weights sum to 1, if it sees a key. (k's is 0: it moves all scores of a query alike.)"""
         if self.v[1] is not None:
-            self.add("v_bias", (da if key_lengths is None else da * (key_lengths > 0).view(-1, 1, 1)).flatten(0, 1).sum(0))
+            da = da if key_lengths is None else da * (key_lengths > 0).view(-1, 1, 1)
+            self.add("v_bias", da.flatten(0, 1).sum(0, dtype=torch.float32))
 
-    def attend_backward(self, da, q, k, v, key_lengths, attended, lse, lse_low, partial):
-        """(dq, dk, dv) in float32; as in `attend`."""
-        da, q, k, v, out = (self.split(x.to(self.dtype)) for x in (da, q, k, v, attended))
-        low = out[..., :0] if self.dtype == torch.float32 else ((self.split(attended) - out.float()) * LOW.value).to(self.dtype)
-        grads = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v)]
-        into("attention_backward", (*grads, q.new_empty(0)), da, None, q, k, v, None, key_lengths, out, low, lse, lse_low, False, None,
-             False, partial)
-        return [g.transpose(1, 2).flatten(2).float() for g in grads]
+    def attend_backward(self, da, q, k, v, key_lengths, kept, partial):
+        """(dq, dk, dv); `kept` is what `attend` gives."""
+        grads = [x.new_empty(x.shape) for x in (q, k, v)]
+        da, q, k, v, out, low, *dqkv = map(self.split, (da, q, k, v, *kept[:2], *grads))
+        into("attention_backward", (*dqkv, q.new_empty(0)), da, None, q, k, v, None, key_lengths, out, low, *kept[2:], False, None, False,
+             partial)
+        return grads
 
 
-def _two_floats(x):
-    high = x.float()
-    return high, torch.where(high.isfinite(), x - high, 0.0).float()
+def _two(x, dtype, scale=1.0):
+    """x rounded to dtype, and scale times what that leaves over."""
+    high = x.to(dtype)
+    return high, torch.where(high.isfinite(), (x - high) * scale, 0.0).to(dtype)
+
+
+def _keep_attended(kept, a):
+    """a (B, M, V), in float32, into attended and attended_low."""
+    for keep, value in zip(kept, _two(a, kept[0].dtype, LOW.value), strict=True):
+        keep.copy_(value[..., :keep.shape[2]])
 
 
 def _lengths(key_lengths, part):
@@ -207,22 +215,25 @@ def _run(args, outs, means=_CPU):
             finish(part, layer.attend(q, k, v, key_lengths, into_a or None)[0])
         return
     q = layer.project(layer.normed(target, 0), layer.q)
-    a, top = torch.zeros_like(kept[3]), q.new_full((B, heads, M), -torch.inf, dtype=torch.float64)
+    a, top = torch.zeros_like(kept[3], dtype=torch.float32), q.new_full((B, heads, M), -torch.inf, dtype=torch.float64)
     for part in _parts(N, B * width, means):
         x = layer.normed(source[:, part], 1)
-        a_part, *top_part = layer.attend(q, layer.project(x, layer.k), layer.project(x, layer.v), _lengths(key_lengths, part))
+        a_part, low_part, *top_part = layer.attend(q, layer.project(x, layer.k), layer.project(x, layer.v), _lengths(key_lengths, part))
+        a_part = a_part.float() + low_part.float() / LOW.value if low_part.numel() else a_part
         top_part = top_part[0].double() + top_part[1]
         both = torch.logaddexp(top, top_part)
         weights = ((t - both.masked_fill(both == -torch.inf, 0.0)).exp().float().transpose(1, 2).unsqueeze(-1) for t in (top, top_part))
         a = sum(w * x.unflatten(-1, (heads, -1)) for w, x in zip(weights, (a, a_part), strict=True)).flatten(2)
         top = both
-    for keep, value in zip(kept[3:], (a, *_two_floats(top)), strict=True):
+    _keep_attended(kept[3:5], a)
+    for keep, value in zip(kept[5:], _two(top, torch.float32), strict=True):
         keep.copy_(value)
     finish(slice(0, M), a)
 
 
 def _run_backward(args, outs, means=_CPU):
-    dout, *tensors, key_lengths, q, k, v, attended, lse, lse_low, heads, eps, residual = args
+    dout, *tensors, key_lengths, q, k, v, attended, attended_low, lse, lse_low, heads, eps, residual = args
+    kept = attended, attended_low, lse, lse_low
     target, source, layer = tensors[0], tensors[1], _Layer(tensors, heads, eps, means)
     B, M, N, width = *target.shape[:2], source.shape[1], layer.width
     for grad in outs[2:]:
@@ -248,14 +259,14 @@ def _run_backward(args, outs, means=_CPU):
     if whole or M <= N:
         z = layer.normed(target, 0)
         q = q if whole else layer.project(z, layer.q)
-        da, dq = layer.project_backward(dout, attended, layer.out, "out"), None
+        da, dq = layer.project_backward(dout, attended, layer.out, "out", dtype=layer.dtype), None
         layer.bias_backward(da if N else 0 * da, key_lengths)
         parts = [slice(0, N)] if whole else _parts(N, B * width, means)
         for part in parts:
             x = layer.normed(source[:, part], 1)
             k, v = (k, v) if whole else (layer.project(x, layer.k), layer.project(x, layer.v))
-            dq_part, dk, dv = layer.attend_backward(da, q, k, v, _lengths(key_lengths, part), attended, lse, lse_low, len(parts) > 1)
-            dq = dq_part if dq is None else dq.add_(dq_part)
+            dq_part, dk, dv = layer.attend_backward(da, q, k, v, _lengths(key_lengths, part), kept, len(parts) > 1)
+            dq = dq_part if len(parts) == 1 else dq_part.float() if dq is None else dq.add_(dq_part)
             finish_source(part, dk, dv, x)
         finish_target(slice(0, M), dq, z)
     else:
@@ -265,10 +276,10 @@ def _run_backward(args, outs, means=_CPU):
         for part in _parts(M, B * width, means):
             z = layer.normed(target[:, part], 0)
             q = layer.project(z, layer.q)
-            a, lse, lse_low = layer.attend(q, k, v, key_lengths)
-            da = layer.project_backward(dout[:, part], a, layer.out, "out")
+            kept = layer.attend(q, k, v, key_lengths)
+            da = layer.project_backward(dout[:, part], kept[0], layer.out, "out", dtype=layer.dtype)
             layer.bias_backward(da if N else 0 * da, key_lengths)
-            dq, dk_part, dv_part = layer.attend_backward(da, q, k, v, key_lengths, a, lse, lse_low, False)
+            dq, dk_part, dv_part = layer.attend_backward(da, q, k, v, key_lengths, kept, False)
             dk += dk_part
             dv += dv_part
             finish_target(part, dq, z)
@@ -307,7 +318,7 @@ def _why_parts(tensors, heads):
 
 def _run_triton(args, outs):
     *tensors, key_lengths, heads, eps, residual = args
-    out, *_, attended, lse, lse_low = outs
+    out, *_, attended, attended_low, lse, lse_low = outs
     target, source = tensors[:2]
     if _why_parts(tensors, heads):
         _run(args, outs, _GPU)
@@ -315,9 +326,10 @@ def _run_triton(args, outs):
         layer = _Layer(tensors, heads, eps, _GPU)
         if target.shape[1] <= source.shape[1]:
             q = layer.project(layer.normed(target, 0), layer.q)
-            triton.read(q, source, layer.k, layer.v, layer.norms[1], key_lengths, heads, eps, attended, lse, lse_low)
-            y = layer.project(attended, layer.out)
-            out.copy_(y.float().add_(target.float()) if residual else y)
+            a = torch.empty_like(attended, dtype=torch.float32)
+            triton.read(q, source, layer.k, layer.v, layer.norms[1], key_lengths, heads, eps, a, lse, lse_low)
+            _keep_attended((attended, attended_low), a)
+            layer.project(a, layer.out, target if residual else None, out)
         else:
             x = layer.normed(source, 1)
             triton.write(target, layer.project(x, layer.k), layer.project(x, layer.v), layer.q, *layer.out, layer.norms[0], key_lengths,
@@ -337,13 +349,13 @@ def _reference(*args):
     return reference.cross_attend(*args), *(torch.zeros_like(x) for x in _outputs(*args)[1:])
 
 
-CROSS = contract(f"cross_attend({_SCHEMA}, int heads, float eps, bool residual) -> ({', '.join(['Tensor'] * 7)})", outputs=_outputs,
+CROSS = contract(f"cross_attend({_SCHEMA}, int heads, float eps, bool residual) -> ({', '.join(['Tensor'] * 8)})", outputs=_outputs,
                  values=lambda *args: lengths_within("cross_attend", args[14], args[1].shape[1]),
                  reference=_reference, module=__name__,
                  backends=(backend.triton(_run_triton, plan=_plan_triton), _cpu(_run, _plan)))
 BACKWARD = contract(
-    f"cross_attend_backward(Tensor dout, {_SCHEMA}, Tensor q, Tensor k, Tensor v, Tensor attended, Tensor lse, Tensor lse_low, int heads, "
-    f"float eps, bool residual) -> "
+    f"cross_attend_backward(Tensor dout, {_SCHEMA}, Tensor q, Tensor k, Tensor v, Tensor attended, Tensor attended_low, Tensor lse, "
+    f"Tensor lse_low, int heads, float eps, bool residual) -> "
     f"({', '.join(['Tensor'] * len(_TENSORS))})", outputs=_backward_outputs, reference=reference.cross_attend_backward,
     backends=(backend.triton(lambda args, outs: _run_backward(args, outs, _GPU)), _cpu(_run_backward)), module=__name__)
 

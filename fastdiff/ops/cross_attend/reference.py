@@ -44,8 +44,8 @@ def _linear_backward(dy, x, weight, bias):
 
 
 def cross_attend_backward(dout, target, source, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias, target_norm_0,
-                          target_norm_1, source_norm_0, source_norm_1, key_lengths, q_kept, k_kept, v_kept, attended, lse, lse_low, heads,
-                          eps, residual):
+                          target_norm_1, source_norm_0, source_norm_1, key_lengths, q_kept, k_kept, v_kept, attended, attended_low, lse,
+                          lse_low, heads, eps, residual):
     """Gradients of the fourteen arguments before key_lengths; empty for those that are None. In float32 for half precision, whose range
     the products of this order of operations may leave."""
     dtype, tensors = target.dtype, (dout, target, source, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias,
