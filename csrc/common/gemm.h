@@ -118,10 +118,11 @@ inline void panel(int64_t M, int64_t K, const float* a, int64_t a_stride, const 
 }
 
 // C (M, columns) = scale A (M, K) B (K, columns), or += A B with add; K counts floats or pairs. C's columns beyond, up to a whole vector, become 0 if B's are.
+// Panels beyond the first `wanted` columns are left out.
 template <A order, bool add, class Math = Floats, class Scale = Unscaled>
-void gemm(int64_t M, int64_t columns, int64_t K, const float* a, int64_t a_stride, Matrix b, float* c, int64_t c_stride, Scale scale = {}) {
+void gemm(int64_t M, int64_t columns, int64_t K, const float* a, int64_t a_stride, Matrix b, float* c, int64_t c_stride, Scale scale, int64_t wanted) {
   const Panels panels(vectors(columns));
-  for (int p = 0; p < panels.count; ++p) {
+  for (int p = 0; p < panels.count && panels.first(p) * kLanes < wanted; ++p) {
     const int width = panels.width(p), first = panels.first(p) * kLanes;
     const float* source = b.data + (b.stride ? first : first * K);
     const int64_t stride = b.stride ? b.stride : width * kLanes;
@@ -136,6 +137,11 @@ void gemm(int64_t M, int64_t columns, int64_t K, const float* a, int64_t a_strid
       case 4: if constexpr (kPanel > 2) run.template operator()<4>(); break;
     }
   }
+}
+
+template <A order, bool add, class Math = Floats>
+void gemm(int64_t M, int64_t columns, int64_t K, const float* a, int64_t a_stride, Matrix b, float* c, int64_t c_stride) {
+  gemm<order, add, Math>(M, columns, K, a, a_stride, b, c, c_stride, Unscaled{}, columns);
 }
 
 // Rows of T to rows of float, scaled, padded with zeros to whole vectors: (rows, padded(columns)).

@@ -138,12 +138,6 @@ void add_products(const Problem& p, int64_t rows, int64_t keys, float* s, float*
   gemm<A::rows, true, Pairs>(rows, p.E, pairs(keys), ds_pairs, stride, {k, w}, dq, w);
 }
 
-// Rows that are summed over in the products above: as floats, scaled, or paired, unscaled.
-inline void pack_summed(const Problem& p, int64_t rows, int64_t columns, const View& x, int64_t b, int64_t h, int64_t m, float scale, float* out) {
-  if (by_pairs(p)) return pack_paired_rows(rows, columns, row<bf16>(x, b, h, m), x.s, out);
-  typed(p.type, [&]<class T>() { pack_rows(rows, columns, row<T>(x, b, h, m), x.s, scale, out); });
-}
-
 // Scales finished sums where they lie, for the pass that adds the splits.
 inline void scale_rows(float* x, int64_t n, float scale) {
   for (int64_t i = 0; i < n; i += kLanes) store(x + i, load(x + i) * scale);
@@ -170,21 +164,24 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
     float* dv = own_k ? scratch + at.dv : o.dv_partial + split * vw;
     clear(dk, keys * w);
     clear(dv, keys * vw);
-    const int64_t visible = least(keys, p.seen(item.b, item.m1 - 1) - n0), width = padded(visible);
-    if (visible > 0) {
-      pack_keys(p, visible, p.E, p.k, item.b, item.h, n0, scratch + at.rows_of_pairs, kt);
-      pack_keys(p, visible, p.V, p.v, item.b, item.h, n0, scratch + at.rows_of_pairs, vt);
-      pack_summed(p, visible, p.E, p.k, item.b, item.h, n0, 1.0f, k);
+    const int64_t packed = least(keys, p.seen(item.b, item.m1 - 1) - n0);
+    if (packed > 0) {
+      pack_keys(p, packed, p.E, p.k, item.b, item.h, n0, scratch + at.rows_of_pairs, kt);
+      pack_keys(p, packed, p.V, p.v, item.b, item.h, n0, scratch + at.rows_of_pairs, vt);
+      pack_summed(p, packed, p.E, p.k, item.b, item.h, n0, 1.0f, k);
     }
-    for (int64_t r = 0; r < rows; r += plan.query_block) {
+    // Queries before the first that sees a key of the block have nothing but zeros in dbias.
+    const int64_t first = p.causal && !o.dbias ? least(rows, most(0, n0 - (p.N - p.M) - item.m0)) : 0;
+    for (int64_t r = first; r < rows; r += plan.query_block) {
       const int64_t n = least(plan.query_block, rows - r), m = item.m0 + r;
-      const bool hidden = p.seen(item.b, m + n - 1) <= n0;
+      const int64_t visible = least(keys, p.seen(item.b, m + n - 1) - n0), width = padded(visible);
+      const bool hidden = visible <= 0;
       if (!hidden) {
         pack_summed(p, n, p.E, p.q, item.b, item.h, m, p.scale, q);
         pack_summed(p, n, p.V, in.dout, item.b, item.h, m, 1.0f, dout);
-        multiply(p, n, visible, p.E, p.q, item.b, item.h, m, p.scale, q, scratch + at.as_pairs, kt, s, stride);
+        multiply(p, n, packed, visible, p.E, p.q, item.b, item.h, m, p.scale, q, scratch + at.as_pairs, kt, s, stride);
         if (p.bias || visible != width || p.seen(item.b, m) < n0 + visible) mask(p, item, m, n, n0, visible, s, stride);
-        multiply(p, n, visible, p.V, in.dout, item.b, item.h, m, 1.0f, dout, scratch + at.as_pairs, vt, ds, stride);
+        multiply(p, n, packed, visible, p.V, in.dout, item.b, item.h, m, 1.0f, dout, scratch + at.as_pairs, vt, ds, stride);
         if (whole) whole_probabilities(n, width, s, ds, stride, dlse ? dlse + r : nullptr);
         else probabilities(n, width, s, ds, stride, stats + 5 * r);
       }

@@ -21,11 +21,15 @@ inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 // Row stride of a block of scores: whole vectors and one more, so that rows do not fall onto the same cache sets.
 inline int64_t score_stride(const Plan& plan) { return padded(plan.key_block) + kLanes; }
 
+// The rows of bias below the block are fetched ahead: they lie pages apart, where no hardware looks for them.
 template <class T>
-void add_bias(const T* bias, int64_t step, int64_t n, float* s) {
+inline void add_bias(const T* bias, int64_t step, int64_t n, const T* next, float* s) {
   int64_t j = 0;
   if (step == 1)
-    for (; j + kLanes <= n; j += kLanes) store(s + j, load(s + j) + load(bias + j));
+    for (; j + kLanes <= n; j += kLanes) {
+      __builtin_prefetch(next + j, 0, 2);
+      store(s + j, load(s + j) + load(bias + j));
+    }
   for (; j < n; ++j) s[j] += load_one(bias + j * step);
 }
 
@@ -41,27 +45,32 @@ inline void pack_keys(const Problem& p, int64_t rows, int64_t columns, const Vie
   typed(p.type, [&]<class T>() { pack_transposed(rows, columns, row<T>(x, b, h, n), x.s, Unscaled{}, out); });
 }
 
-// scale times the products of queries m on, or of rows of dout, and transposed keys, or values. floats: the rows, scaled; as_pairs has room
-// for them in pairs, which stand unscaled.
-inline void multiply(const Problem& p, int64_t rows, int64_t columns, int64_t E, const View& x, int64_t b, int64_t h, int64_t m, float scale,
+// Rows that are summed over in a product: as floats, scaled, or paired, unscaled.
+inline void pack_summed(const Problem& p, int64_t rows, int64_t columns, const View& x, int64_t b, int64_t h, int64_t m, float scale, float* out) {
+  if (by_pairs(p)) return pack_paired_rows(rows, columns, row<bf16>(x, b, h, m), x.s, out);
+  typed(p.type, [&]<class T>() { pack_rows(rows, columns, row<T>(x, b, h, m), x.s, scale, out); });
+}
+
+// scale times the products of queries m on, or of rows of dout, and the first `wanted` of the transposed keys, or values. floats: the rows,
+// scaled; as_pairs has room for them in pairs, which stand unscaled.
+inline void multiply(const Problem& p, int64_t rows, int64_t columns, int64_t wanted, int64_t E, const View& x, int64_t b, int64_t h, int64_t m, float scale,
                      const float* floats, float* as_pairs, const float* keys, float* s, int64_t stride) {
-  if (!by_pairs(p)) return gemm<A::rows, false>(rows, columns, E, floats, padded(E), {keys, 0}, s, stride);
+  if (!by_pairs(p)) return gemm<A::rows, false>(rows, columns, E, floats, padded(E), {keys, 0}, s, stride, Unscaled{}, wanted);
   pack_pairs(rows, E, row<bf16>(x, b, h, m), x.s, as_pairs);
-  gemm<A::rows, false, Pairs>(rows, columns, pairs(E), as_pairs, padded(pairs(E)), {keys, 0}, s, stride, scale);
+  gemm<A::rows, false, Pairs>(rows, columns, pairs(E), as_pairs, padded(pairs(E)), {keys, 0}, s, stride, scale, wanted);
 }
 
 // Adds bias to a block of scores of queries [m0, m0 + rows), keys [n0, n0 + keys), and puts -inf where a query may not
 // see a key and into the padding of the last vector.
 inline void mask(const Problem& p, const Item& item, int64_t m0, int64_t rows, int64_t n0, int64_t keys, float* s, int64_t stride) {
-  const int64_t width = padded(keys);
-  for (int64_t i = 0; i < rows; ++i, s += stride) {
-    if (p.bias)
-      typed(p.type, [&]<class T>() {
-        const int64_t* step = p.bias_stride;
-        add_bias(static_cast<const T*>(p.bias) + item.b * step[0] + item.h * step[1] + (m0 + i) * step[2] + n0 * step[3], step[3], keys, s);
-      });
+  const int64_t width = padded(keys), *step = p.bias_stride;
+  if (p.bias)
+    typed(p.type, [&]<class T>() {
+      const T* bias = static_cast<const T*>(p.bias) + item.b * step[0] + item.h * step[1] + m0 * step[2] + n0 * step[3];
+      for (int64_t i = 0; i < rows; ++i, bias += step[2]) add_bias(bias, step[3], keys, bias + rows * step[2], s + i * stride);
+    });
+  for (int64_t i = 0; i < rows; ++i, s += stride)
     for (int64_t j = most(0, least(keys, p.seen(item.b, m0 + i) - n0)); j < width; ++j) s[j] = -kInf;
-  }
 }
 
 // Of up to kLanes rows at a time: the latency of a row's reductions is then waited for once and not kLanes times. Lane i is row i's, the
@@ -88,13 +97,15 @@ inline f32 row_sums(int64_t rows, int64_t width, const F& f) {
   return reduce_each(line, [](f32 a, f32 b) { return a + b; });
 }
 
-// Scores to powers relative to the rows' maxima, 0 where a row has no key yet; returns their sums.
+// Scores to powers relative to the rows' maxima, 0 where a row has no key yet; returns their sums. As T they are rounded to it where the row
+// begins, and the sums are of the rounded: weights that add up to one keep a large mean of the values out of the rounding.
+template <class T = float>
 inline f32 powers(int64_t rows, int64_t width, float* s, int64_t stride, f32 maxima) {
   const f32 base = maxima == -kInf ? f32{} : maxima;
   return row_sums(rows, width, [&](int i, int64_t j) {
-    const f32 e = exp(load(s + i * stride + j) - base[i]);
-    store(s + i * stride + j, e);
-    return e;
+    T* out = reinterpret_cast<T*>(s + i * stride) + j;
+    store(out, exp(load(s + i * stride + j) - base[i]));
+    return load(out);
   });
 }
 

@@ -19,15 +19,17 @@ struct Layout {
   }
 };
 
-// Scores of `rows` queries to unnormalised probabilities relative to their running maxima, which may rise: then the sums so far shrink.
+// Scores of `rows` queries to unnormalised probabilities relative to their running maxima, which may rise: then the sums so far shrink. `paired`:
+// to bfloat16.
 // Maxima and sums beyond `rows` come out as they were.
+template <bool paired>
 inline void online_softmax(int64_t rows, int64_t width, float* s, int64_t stride, float* maxima, float* sums, float* out, int64_t out_width) {
   for (int64_t r = 0; r < rows; r += kLanes, s += kLanes * stride, out += kLanes * out_width) {
     const int64_t n = least(kLanes, rows - r);
     const f32 before = load(maxima + r), now = max(row_maxima(n, width, s, stride), before);
     const f32 shrink = exp(before - (now == -kInf ? f32{} : now));
     store(maxima + r, now);
-    store(sums + r, load(sums + r) * shrink + powers(n, width, s, stride, now));
+    store(sums + r, load(sums + r) * shrink + (paired ? powers<bf16>(n, width, s, stride, now) : powers(n, width, s, stride, now)));
     for (int64_t i = 0; i < n; ++i)
       if (const float by = shrink[i]; by != 1.0f)
         for (int64_t j = 0; j < out_width; j += kLanes) store(out + i * out_width + j, load(out + i * out_width + j) * by);
@@ -81,18 +83,23 @@ void run(const Problem& p, const Plan& plan, const ForwardOut& o, int64_t index,
 
   const int64_t last = least(item.n1, p.seen(item.b, item.m1 - 1));
   for (int64_t n0 = item.n0; n0 < last; n0 += plan.key_block) {
-    const int64_t keys = least(plan.key_block, last - n0), width = padded(keys);
+    const int64_t keys = least(plan.key_block, last - n0);
     pack_keys(p, keys, p.E, p.k, item.b, item.h, n0, scratch + at.rows_of_pairs, kt);
-    typed(p.type, [&]<class T>() {
-      pack_rows(keys, p.V, row<T>(p.v, item.b, item.h, n0), p.v.s, 1.0f, v);
-    });
+    pack_summed(p, keys, p.V, p.v, item.b, item.h, n0, 1.0f, v);
     for (int64_t r = 0; r < rows; r += plan.query_block) {
       const int64_t n = least(plan.query_block, rows - r);
-      if (p.seen(item.b, item.m0 + r + n - 1) <= n0) continue;
-      multiply(p, n, keys, p.E, p.q, item.b, item.h, item.m0 + r, p.scale, q + r * at.q_width, q, kt, s, at.stride);
-      if (p.bias || keys != width || p.seen(item.b, item.m0 + r) < n0 + keys) mask(p, item, item.m0 + r, n, n0, keys, s, at.stride);
-      online_softmax(n, width, s, at.stride, maxima + r, sums + r, out + r * at.width, at.width);
-      gemm<A::rows, true>(n, p.V, keys, s, at.stride, {v, at.width}, out + r * at.width, at.width);
+      const int64_t visible = least(keys, p.seen(item.b, item.m0 + r + n - 1) - n0), width = padded(visible);
+      if (visible <= 0) continue;
+      multiply(p, n, keys, visible, p.E, p.q, item.b, item.h, item.m0 + r, p.scale, q + r * at.q_width, q, kt, s, at.stride);
+      if (p.bias || visible != width || p.seen(item.b, item.m0 + r) < n0 + visible) mask(p, item, item.m0 + r, n, n0, visible, s, at.stride);
+      float* to = out + r * at.width;
+      if (by_pairs(p)) {
+        online_softmax<true>(n, width, s, at.stride, maxima + r, sums + r, to, at.width);
+        gemm<A::rows, true, Pairs>(n, p.V, pairs(visible), s, at.stride, {v, at.width}, to, at.width);
+      } else {
+        online_softmax<false>(n, width, s, at.stride, maxima + r, sums + r, to, at.width);
+        gemm<A::rows, true>(n, p.V, visible, s, at.stride, {v, at.width}, to, at.width);
+      }
     }
   }
   for (int64_t i = 0; i < rows; ++i)

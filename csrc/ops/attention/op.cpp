@@ -76,13 +76,13 @@ Plan forward_plan(int64_t B, int64_t H, int64_t M, int64_t N, int64_t width) {
   return plan;
 }
 
-Plan backward_plan(int64_t B, int64_t H, int64_t M, int64_t N, int64_t width) {
+Plan backward_plan(int64_t B, int64_t H, int64_t M, int64_t N, int64_t width, bool causal) {
   Plan plan;
   width = std::max<int64_t>(width, 1);  // E = 0 is legal
   const int64_t heads = std::max<int64_t>(1, B * H), wanted = std::min<int64_t>(16, ceil_div(kItems, heads));
   // All keys in one block, where they fit, need no statistics of the rows.
   plan.key_block = std::min<int64_t>(width > 96 ? 64 : width <= 64 && N <= 256 ? 256 : 128, std::max<int64_t>(1, N));
-  plan.query_block = std::min<int64_t>(96, std::max<int64_t>(1, M));
+  plan.query_block = std::min<int64_t>(causal ? 48 : 96, std::max<int64_t>(1, M));
   // The longer side is cut: its own gradients stay whole, the partial sums are of the shorter side.
   plan.query_splits = M > N ? std::clamp<int64_t>(M / 128, 1, wanted) : 1;
   plan.key_splits = M > N ? 1 : std::clamp<int64_t>(N / 128, 1, wanted);
@@ -151,7 +151,7 @@ void attention_backward(const Tensor& dout, const std::optional<Tensor>& dlse, c
   const Problem& p = inputs.problem;
   const BackwardKernels& kernels = pick_backward();
   const int64_t heads = p.B * p.H, width = kernels.padded(p.E), v_width = kernels.padded(p.V);
-  const Plan plan = backward_plan(p.B, p.H, p.M, p.N, std::max(width, v_width));
+  const Plan plan = backward_plan(p.B, p.H, p.M, p.N, std::max(width, v_width), causal);
   const Tensor y = with_rows(out), y_low = with_rows(out_low), dy = with_rows(dout), rows = torch::stable::contiguous(lse), low = torch::stable::contiguous(lse_low);
   std::optional<Tensor> drows;
   if (dlse) drows = torch::stable::contiguous(*dlse);
@@ -184,9 +184,9 @@ void attention_backward(const Tensor& dout, const std::optional<Tensor>& dlse, c
   }
 }
 
-std::vector<int64_t> attention_plan(int64_t B, int64_t H, int64_t M, int64_t N, int64_t E, bool backward) {
+std::vector<int64_t> attention_plan(int64_t B, int64_t H, int64_t M, int64_t N, int64_t E, bool causal, bool backward) {
   const int64_t width = pick_forward().padded(E);
-  return plan_numbers(backward ? backward_plan(B, H, M, N, width) : forward_plan(B, H, M, N, width));
+  return plan_numbers(backward ? backward_plan(B, H, M, N, width, causal) : forward_plan(B, H, M, N, width));
 }
 
 }  // namespace
@@ -201,7 +201,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) {
       "Tensor out_low, Tensor lse, Tensor lse_low, bool causal, float? scale, bool bias_grad, bool partial, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dbias) -> ()");
   m.def("attention_eager(Tensor q, Tensor k, Tensor v, bool causal, float? scale) -> Tensor?");
   m.def("attention_with_lse_eager(Tensor q, Tensor k, Tensor v, bool causal, float? scale) -> (Tensor?, Tensor?)");
-  m.def("attention_plan(int B, int H, int M, int N, int E, bool backward) -> int[]");
+  m.def("attention_plan(int B, int H, int M, int N, int E, bool causal, bool backward) -> int[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CPU, m) {
   m.impl("attention", TORCH_BOX(&fastdiff::attention::attention));

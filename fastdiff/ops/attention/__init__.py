@@ -46,9 +46,10 @@ def _backward_outputs(dout, dlse, q, k, v, bias, key_lengths, out, out_low, lse,
     return _empty_heads(q), _empty_heads(k), _empty_heads(v), q.new_empty(bias.shape if bias_grad else (0,))
 
 
-def _cpu_plan(q, k, v, backward):
+def _cpu_plan(q, k, v, causal, backward):
     width = max(q.shape[3], v.shape[3])
-    queries, rows, keys, chunk, query_block, key_block = native.op("cpu", "attention_plan")(*q.shape[:3], k.shape[2], width, backward)
+    plan = native.op("cpu", "attention_plan")(*q.shape[:3], k.shape[2], width, causal, backward)
+    queries, rows, keys, chunk, query_block, key_block = plan
     side = "neither side is split" if queries == keys == 1 else (
         f"queries in {queries} pieces of {rows}, keys in {keys} of {chunk}{', merged in order' if backward or keys > 1 else ''}")
     return f"{q.shape[0] * q.shape[1] * queries * keys} work items: {side}; scores in blocks of {query_block} x {key_block}"
@@ -58,7 +59,8 @@ ATTENTION = contract(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, bool causal, float? scale) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     outputs=_outputs, values=lambda q, k, v, bias, key_lengths, *_: lengths_within("attention", key_lengths, k.shape[2]),
-    reference=reference.attention, backends=(triton.FORWARD, cpu("attention", plan=lambda q, k, v, *_: _cpu_plan(q, k, v, False))),
+    reference=reference.attention,
+    backends=(triton.FORWARD, cpu("attention", plan=lambda q, k, v, *rest: _cpu_plan(q, k, v, rest[2], False))),
     module=__name__, autocast=True,
     entries=("attention_eager", "attention_with_lse_eager"))
 BACKWARD = contract(
@@ -66,7 +68,7 @@ BACKWARD = contract(
     "Tensor out_low, Tensor lse, Tensor lse_low, bool causal, float? scale, bool bias_grad, bool partial) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     outputs=_backward_outputs, reference=reference.attention_backward, module=__name__,
-    backends=(triton.BACKWARD, cpu("attention_backward", plan=lambda dout, dlse, q, k, v, *_: _cpu_plan(q, k, v, True))))
+    backends=(triton.BACKWARD, cpu("attention_backward", plan=lambda dout, dlse, q, k, v, *rest: _cpu_plan(q, k, v, rest[6], True))))
 
 
 def _save(ctx, args, outs):
