@@ -80,14 +80,24 @@ def _kept(target, N, width):
     return 0, 0, M if M <= N else 0
 
 
+def _absorbed(target, source, k_weight, v_weight, heads):
+    """Whether a read multiplies its queries by the keys' weights, and what it attended by the values', rather than the source by both: with
+    one head, where that is fewer multiplications. q . (W_k x) = (W_k^T q) . x and sum_n p_n W_v x_n = W_v sum_n p_n x_n."""
+    M, N, (A, C), V = target.shape[1], source.shape[1], k_weight.shape, v_weight.shape[0]
+    return (target.device.type == "cpu" and not jit.INTERPRET and heads == 1 and M <= N
+            and M * C * (A + V + 2 * N) < N * (A + V) * (C + M))
+
+
 def _outputs(*args):
     *tensors, key_lengths, heads, _, residual = args
     sizes = _check("cross_attend", tensors, key_lengths, heads, residual)
     target = tensors[0]
     between, sums = _between(target.dtype), torch.float64 if target.dtype is torch.float64 else torch.float32
     B, A, V = (sizes[axis] for axis in "BAV")
-    q, kv, a = _kept(target, sizes["N"], max(A, V))
-    made = ((B, q, A), (B, kv, A), (B, kv, V), (B, a, V), (B, a, V if between is torch.bfloat16 else 0))
+    absorbed = _absorbed(target, *(tensors[i] for i in (1, 3, 4)), heads)
+    q, kv, a = (0, 0, sizes["M"]) if absorbed else _kept(target, sizes["N"], max(A, V))
+    W = sizes["C"] if absorbed else V
+    made = ((B, q, A), (B, kv, A), (B, kv, V), (B, a, W), (B, a, W if between is torch.bfloat16 else 0))
     return (target.new_empty((B, sizes["M"], sizes["O"])), *(target.new_empty(shape, dtype=between) for shape in made),
             *(target.new_empty((B, heads, a), dtype=sums) for _ in range(2)))
 
@@ -97,7 +107,7 @@ def _backward_outputs(dout, *args):
     op = "cross_attend_backward"
     _check(op, tensors, key_lengths, heads, residual)
     dims(op, target=(tensors[0], "B M D"), dout=(dout, "B M O"))
-    dims(op, q=(q, "B I A"), k=(k, "B J A"), v=(v, "B J V"), attended=(attended, "B K V"), attended_low=(attended_low, "B K L"))
+    dims(op, q=(q, "B I A"), k=(k, "B J A"), v=(v, "B J V"), attended=(attended, "B K W"), attended_low=(attended_low, "B K L"))
     dims(op, lse=(lse, "B H K"), lse_low=(lse_low, "B H K"))
     return tuple(dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
@@ -112,7 +122,9 @@ class _Layer:
         cast = [None if x is None else x.to(self.dtype) for x in tensors[2:]]
         self.q, self.k, self.v, self.out = zip(cast[:4], cast[4:8], strict=True)
         self.norms, self.heads, self.eps, self.linear = (cast[8:10], cast[10:12]), heads, eps, means.linear
-        self.width = max(tensors[2].shape[0], tensors[4].shape[0])
+        self.absorbed = _absorbed(tensors[0], tensors[1], tensors[3], tensors[4], heads)
+        self.width = tensors[1].shape[2] if self.absorbed else max(tensors[2].shape[0], tensors[4].shape[0])
+        self.scale = max(1, tensors[2].shape[0] // heads) ** -0.5
         self.grads = {}
 
     def normed(self, x, which):
@@ -128,6 +140,19 @@ class _Layer:
     def split(self, x):
         return x.unflatten(-1, (self.heads, x.shape[-1] // self.heads)).transpose(1, 2)
 
+    def queries(self, q):
+        return self.project(q, (self.k[0].T, None)) if self.absorbed else q
+
+    def keys_and_values(self, x, into_k=None, into_v=None):
+        return (x, x) if self.absorbed else (self.project(x, self.k, out=into_k), self.project(x, self.v, out=into_v))
+
+    def values(self, a, key_lengths):
+        """Of what was attended: zero without the bias for a query that saw no key."""
+        if not self.absorbed:
+            return a
+        a, bias = self.project(a, (self.v[0], None)), self.v[1]
+        return a if bias is None else a + bias * _seeing(key_lengths, a)
+
     def attend(self, q, k, v, key_lengths, out=None):
         """(attended (B, M, V), what its rounding left over, log-sum-exp in two floats), into four tensors if they are given. Not through
         attention's contract: v may have a width of its own."""
@@ -135,7 +160,7 @@ class _Layer:
             (B, M), V = q.shape[:2], v.shape[2]
             out = (q.new_empty((B, M, V)), q.new_empty((B, M, V if self.dtype is torch.bfloat16 else 0)),
                    *(q.new_empty((B, self.heads, M), dtype=torch.float32) for _ in range(2)))
-        into("attention", (*map(self.split, out[:2]), *out[2:]), *map(self.split, (q, k, v)), None, key_lengths, False, None)
+        into("attention", (*map(self.split, out[:2]), *out[2:]), *map(self.split, (q, k, v)), None, key_lengths, False, self.scale)
         return out
 
     def add(self, name, value):
@@ -166,16 +191,20 @@ class _Layer:
     def bias_backward(self, da, key_lengths):
         """Of v: a query's weights sum to 1, if it sees a key. (k's is 0: it moves all scores of a query alike.)"""
         if self.v[1] is not None:
-            da = da if key_lengths is None else da * (key_lengths > 0).view(-1, 1, 1)
-            self.add("v_bias", da.flatten(0, 1).sum(0, dtype=torch.float32))
+            self.add("v_bias", (da * _seeing(key_lengths, da)).flatten(0, 1).sum(0, dtype=torch.float32))
 
     def attend_backward(self, da, q, k, v, key_lengths, kept, partial):
         """(dq, dk, dv); `kept` is what `attend` gives."""
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
         da, q, k, v, out, low, *dqkv = map(self.split, (da, q, k, v, *kept[:2], *grads))
-        into("attention_backward", (*dqkv, q.new_empty(0)), da, None, q, k, v, None, key_lengths, out, low, *kept[2:], False, None, False,
-             partial)
+        into("attention_backward", (*dqkv, q.new_empty(0)), da, None, q, k, v, None, key_lengths, out, low, *kept[2:], False,
+             self.scale, False, partial)
         return grads
+
+
+def _seeing(key_lengths, like):
+    """1 for samples whose queries see a key, 0 for the others."""
+    return 1.0 if key_lengths is None else (key_lengths > 0).to(like.dtype).view(-1, 1, 1)
 
 
 def _two(x, dtype, scale=1.0):
@@ -204,21 +233,21 @@ def _run(args, outs, means=_CPU):
     whole = kept[0].shape[1] == M and kept[1].shape[1] == N
 
     def finish(part, a):
-        layer.project(a, layer.out, target[:, part] if residual else None, out[:, part])
+        layer.project(layer.values(a, key_lengths), layer.out, target[:, part] if residual else None, out[:, part])
 
     if whole or M > N:
         into_q, into_k, into_v, *into_a = kept if whole else (None,) * 3
         x = layer.normed(source, 1)
-        k, v = layer.project(x, layer.k, out=into_k), layer.project(x, layer.v, out=into_v)
+        k, v = layer.keys_and_values(x, into_k, into_v)
         for part in [slice(0, M)] if whole else _parts(M, B * width, means):
             q = layer.project(layer.normed(target[:, part], 0), layer.q, out=into_q)
             finish(part, layer.attend(q, k, v, key_lengths, into_a or None)[0])
         return
-    q = layer.project(layer.normed(target, 0), layer.q)
+    q = layer.queries(layer.project(layer.normed(target, 0), layer.q))
     a, top = torch.zeros_like(kept[3], dtype=torch.float32), q.new_full((B, heads, M), -torch.inf, dtype=torch.float64)
     for part in _parts(N, B * width, means):
         x = layer.normed(source[:, part], 1)
-        a_part, low_part, *top_part = layer.attend(q, layer.project(x, layer.k), layer.project(x, layer.v), _lengths(key_lengths, part))
+        a_part, low_part, *top_part = layer.attend(q, *layer.keys_and_values(x), _lengths(key_lengths, part))
         a_part = a_part.float() + low_part.float() / LOW.value if low_part.numel() else a_part
         top_part = top_part[0].double() + top_part[1]
         both = torch.logaddexp(top, top_part)
@@ -252,26 +281,35 @@ def _run_backward(args, outs, means=_CPU):
             dtarget[:, part] = d
 
     def finish_source(part, dk, dv, x):
-        d = layer.project_backward(dk, x, layer.k, "k", layer.project_backward(dv, x, layer.v, "v"))
+        if layer.absorbed:
+            d = dk.float() + dv
+        else:
+            d = layer.project_backward(dk, x, layer.k, "k", layer.project_backward(dv, x, layer.v, "v"))
         dsource[:, part] = layer.norm_backward(d, source[:, part], 1)
 
     whole = q.shape[1] == M and k.shape[1] == N
     if whole or M <= N:
         z = layer.normed(target, 0)
-        q = q if whole else layer.project(z, layer.q)
-        da, dq = layer.project_backward(dout, attended, layer.out, "out", dtype=layer.dtype), None
+        q, dq = q if whole else layer.project(z, layer.q), None
+        da = layer.project_backward(dout, layer.values(attended, key_lengths), layer.out, "out", dtype=layer.dtype)
         layer.bias_backward(da if N else 0 * da, key_lengths)
+        if layer.absorbed:
+            da = layer.project_backward(da, attended, layer.v, "v", dtype=layer.dtype)
+        queries = layer.queries(q)
         parts = [slice(0, N)] if whole else _parts(N, B * width, means)
         for part in parts:
             x = layer.normed(source[:, part], 1)
-            k, v = (k, v) if whole else (layer.project(x, layer.k), layer.project(x, layer.v))
-            dq_part, dk, dv = layer.attend_backward(da, q, k, v, _lengths(key_lengths, part), kept, len(parts) > 1)
+            k, v = (k, v) if whole else layer.keys_and_values(x)
+            dq_part, dk, dv = layer.attend_backward(da, queries, k, v, _lengths(key_lengths, part), kept, len(parts) > 1)
             dq = dq_part if len(parts) == 1 else dq_part.float() if dq is None else dq.add_(dq_part)
             finish_source(part, dk, dv, x)
+        if layer.absorbed:
+            dq = layer.project_backward(dq, q, (layer.k[0].T, None), "k")
+            layer.grads["k_weight"] = layer.grads["k_weight"].T
         finish_target(slice(0, M), dq, z)
     else:
         x = layer.normed(source, 1)
-        k, v = layer.project(x, layer.k), layer.project(x, layer.v)
+        k, v = layer.keys_and_values(x)
         dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
         for part in _parts(M, B * width, means):
             z = layer.normed(target[:, part], 0)
@@ -294,9 +332,12 @@ def _refuse(x, *_):
     return "computes in float32, the tensors are float64" if x.dtype == torch.float64 else None
 
 
-def _plan(target, source, q_weight, k_weight, v_weight, *_):
+def _plan(target, source, q_weight, k_weight, v_weight, *rest):
     B, M, N, width = *target.shape[:2], source.shape[1], max(q_weight.shape[0], v_weight.shape[0])
     kind, side, n = ("read", "source", N) if M <= N else ("write", "target", M)
+    if _absorbed(target, source, k_weight, v_weight, rest[10]):
+        return f"read: the weights of keys and values absorbed into {M} queries and results; the source's {N} rows in " \
+               f"{len(_parts(N, B * source.shape[2], _CPU))} parts"
     if _kept(target, N, width)[0] == M:
         return f"{kind}: at once; its projections are kept for backward"
     parts = len(_parts(n, B * width, _CPU))

@@ -56,4 +56,5 @@ CASES = {"cross_attend": Case(
            "RIN-256 read": _row(256, 1024, 768, 512, 16, 32), "RIN-256 write": _row(1024, 256, 512, 768, 16, 32, norm=True),
            "RIN-1024 read": _row(256, 16384, 768, 512, 16, 32), "RIN-1024 write": _row(16384, 256, 512, 768, 16, 32, norm=True),
            "RIN video read": _row(256, 2048, 1024, 512, 16, 32), "RIN video write": _row(2048, 256, 512, 1024, 16, 32, norm=True),
+           "Perceiver ImageNet, one head": _row(512, 50176, 1024, 261, 1, 261, norm=True),
            "Perceiver IO text": _row(256, 2048, 1280, 768, 8, 32, norm=True, value_width=160)})}
