@@ -265,12 +265,12 @@ def _run_backward(args, outs, means=_CPU):
     kept = attended, attended_low, lse, lse_low
     target, source, layer = tensors[0], tensors[1], _Layer(tensors, heads, eps, means)
     B, M, N, width = *target.shape[:2], source.shape[1], layer.width
-    for grad in outs[2:]:
-        grad.zero_()
     dtarget, dsource = outs[:2]
     if not B * M * N:
         dsource.zero_()
     if not B * M:
+        for grad in outs[2:]:
+            grad.zero_()
         return
 
     def finish_target(part, dq, z):
@@ -297,12 +297,16 @@ def _run_backward(args, outs, means=_CPU):
             da = layer.project_backward(da, attended, layer.v, "v", dtype=layer.dtype)
         queries = layer.queries(q)
         parts = [slice(0, N)] if whole else _parts(N, B * width, means)
-        for part in parts:
+
+        def backward(part):  # a function, so that nothing of a part outlives it
             x = layer.normed(source[:, part], 1)
-            k, v = (k, v) if whole else layer.keys_and_values(x)
-            dq_part, dk, dv = layer.attend_backward(da, queries, k, v, _lengths(key_lengths, part), kept, len(parts) > 1)
-            dq = dq_part if len(parts) == 1 else dq_part.float() if dq is None else dq.add_(dq_part)
-            finish_source(part, dk, dv, x)
+            keys, values = (k, v) if whole else layer.keys_and_values(x)
+            dq, *dkv = layer.attend_backward(da, queries, keys, values, _lengths(key_lengths, part), kept, len(parts) > 1)
+            finish_source(part, *dkv, x)
+            return dq
+
+        for part in parts:
+            dq = backward(part) if dq is None else dq.float().add_(backward(part))
         if layer.absorbed:
             dq = layer.project_backward(dq, q, (layer.k[0].T, None), "k")
             layer.grads["k_weight"] = layer.grads["k_weight"].T
@@ -311,21 +315,25 @@ def _run_backward(args, outs, means=_CPU):
         x = layer.normed(source, 1)
         k, v = layer.keys_and_values(x)
         dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-        for part in _parts(M, B * width, means):
+
+        def backward(part):
             z = layer.normed(target[:, part], 0)
             q = layer.project(z, layer.q)
             kept = layer.attend(q, k, v, key_lengths)
             da = layer.project_backward(dout[:, part], kept[0], layer.out, "out", dtype=layer.dtype)
             layer.bias_backward(da if N else 0 * da, key_lengths)
             dq, dk_part, dv_part = layer.attend_backward(da, q, k, v, key_lengths, kept, False)
-            dk += dk_part
-            dv += dv_part
+            del kept, da
+            dk.add_(dk_part)
+            dv.add_(dv_part)
             finish_target(part, dq, z)
+
+        for part in _parts(M, B * width, means):
+            backward(part)
         if N:
             finish_source(slice(0, N), dk, dv, x)
     for name, grad in zip(_TENSORS[2:], outs[2:], strict=True):
-        if name in layer.grads:
-            grad.copy_(layer.grads[name])
+        grad.copy_(layer.grads.get(name, torch.zeros(())))
 
 
 def _refuse(x, *_):
