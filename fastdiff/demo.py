@@ -166,7 +166,7 @@ def compare(build, limit, step):
     if not compiled:
         rows.append(("compiled", "-", "-", "-", "-", outcome))
     left = {row.kind.rpartition(".")[2]: row.reason for row in swapped.kept if row.reason != "no rule"}
-    parts = [f"{len(swapped.replaced)} attention modules replaced", *(f"{kind} left alone ({reason})" for kind, reason in left.items())]
+    parts = [f"{len(swapped.replaced)} modules replaced", *(f"{kind} left alone ({reason})" for kind, reason in left.items())]
     rounding = torch.finfo(torch.float32).eps
     return rows, "; ".join(parts), errors["accelerated"][1] <= 2 * errors["plain"][1] + rounding
 

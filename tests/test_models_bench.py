@@ -99,7 +99,7 @@ def test_refusals(models, argv, why, capsys):
     assert why in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "parts"), [("perceiver", 5), ("perceiver-io", 9), ("rin-1024", 4)])
+@pytest.mark.parametrize(("name", "parts"), [("perceiver", 5), ("perceiver-io", 9), ("rin-1024", 6)])
 def test_the_real_models(models, rin_pytorch, transformers_perceiver, name, parts):
     """Built without memory: the packages take the arguments, and the rules know their modules."""
     with torch.device("meta"):
