@@ -49,4 +49,5 @@ def timm_patch_embed():
 
 @pytest.fixture
 def diffusers_patch_embed():
+    define_torchvision_operators()
     return pytest.importorskip("diffusers.models.embeddings", reason="diffusers is not installed").PatchEmbed
