@@ -179,8 +179,8 @@ def measure(name, pass_, threads, budget, notes):
         records.append({
             "op": op.format(case.op), "case": name, "dtype": "float32", "pass": pass_, "device": "cpu", "threads": threads,
             "backend": f"{len(swapped.replaced)} modules" if swapped else "ops", "shape": case.shape, **times, "floor_ms": None,
-            "of_floor": None,
-            "peak_bytes": peak, "peer_peak_bytes": memory.peak(lambda best=times["best_peer"]: runs[best](0), "cpu")[0],
+            "of_floor": None, "peak_bytes": peak,
+            "peer_peak_bytes": memory.peak(lambda best=times["best_peer"]: runs[best](0), "cpu")[0],
             "error": difference(plain, after)[1], "error_limit": suite.PEER_ERROR["float32"]})
     return records
 
