@@ -109,12 +109,17 @@ class BlurringDiffusion:
         One inverse transform makes mean and noise, and colours the noise by frequency.
         """
         t, s = _per_sample("denoise", "t", t, z), _per_sample("denoise", "s", s, z)
+        return self._step(*(x.to(_wide(z)) for x in (z, predicted, noise)), t, s, prediction).to(z.dtype)
+
+    def _step(self, z, predicted, noise, t, s, prediction):
+        """In float32 or float64: in half precision the gains of small steps would round to 1."""
         return blur_denoise(z, predicted, noise, *(g.to(z.dtype) for g in self.gains(t, s, z.shape[2:], prediction=prediction)))
 
     def sample(self, denoiser, z, steps, *, prediction="eps", generator=None, progress=True):
         """Images from z (B, C, h, w), standard normal noise: `steps` equal steps from t = 1 to 0.
 
-        steps may also be the times themselves, 1-D and falling. denoiser(z, t) predicts eps (or x) from z and times (B,).
+        steps may also be the times themselves, 1-D and falling. denoiser(z, t) predicts eps (or x) from z and times (B,). Between its calls
+        z is kept in float32 where it came in half precision.
         """
         tensor("sample", "z", z)
         if isinstance(steps, torch.Tensor):
@@ -124,10 +129,11 @@ class BlurringDiffusion:
         else:
             _whole("sample", "steps", steps)
             times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        dtype, z = z.dtype, z.to(_wide(z))
         for t, s in _shown(list(pairwise(times.to(z.device).unsqueeze(1))), progress):
-            gains = (g.to(z.dtype) for g in self.gains(t, s, z.shape[2:], prediction=prediction))
-            z = blur_denoise(z, denoiser(z, t.to(_wide(z)).expand(z.shape[0])), _normal(z, generator), *gains)
-        return z
+            predicted = denoiser(z.to(dtype), t.to(z.dtype).expand(z.shape[0])).to(z.dtype)
+            z = self._step(z, predicted, _normal(z, generator), t, s, prediction)
+        return z.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -184,12 +190,14 @@ class InverseHeat:
     def sample(self, denoiser, u, *, delta=None, generator=None, progress=True):
         """Images from blurred images u = u_K (B, C, h, w): K times u <- u + denoiser(u, k) + delta n, the last time without noise.
 
-        denoiser(u, k) predicts the residual from u and levels k (B,), int64. delta is 1.25 self.noise unless given.
+        denoiser(u, k) predicts the residual from u and levels k (B,), int64. delta is 1.25 self.noise unless given. Between its calls u is
+        kept in float32 where it came in half precision.
         """
         tensor("sample", "u", u)
         delta = 1.25 * self.noise if delta is None else delta
+        dtype, u = u.dtype, u.to(_wide(u))
         for k in _shown(range(self.levels, 0, -1), progress):
-            u = u + denoiser(u, torch.full(u.shape[:1], k, dtype=torch.int64, device=u.device))
+            u = u + denoiser(u.to(dtype), torch.full(u.shape[:1], k, dtype=torch.int64, device=u.device))
             if k > 1:
                 u = u + delta * _normal(u, generator)
-        return u
+        return u.to(dtype)

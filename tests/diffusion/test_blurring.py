@@ -182,6 +182,18 @@ def test_sampler_finds_the_only_image(prediction, steps):
     assert seen == pytest.approx([1 - i / 50 for i in range(50)] if isinstance(steps, int) else steps[:-1].tolist())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_the_denoisers_alone(dtype):
+    """State and gains stay in float32: rounded, the gains of small steps would be 1."""
+    z, seed = torch.randn(2, 3, *GRID).to(dtype), lambda: torch.Generator().manual_seed(0)
+    for process, steps in ((PROCESS, (20,)), (InverseHeat(levels=20), ())):
+        half = process.sample(lambda z, t: 0.3 * z, z, *steps, generator=seed())
+        wide = process.sample(lambda z, t: (0.3 * z.to(dtype)).float(), z.float(), *steps, generator=seed())
+        assert half.dtype is dtype and wide.dtype is torch.float32 and torch.equal(half, wide.to(dtype))
+    t, s, noise = _times(0.9, 0.5), _times(0.89, 0.49), torch.randn(2, 3, *GRID).to(dtype)
+    assert torch.equal(PROCESS.denoise(z, z, noise, t, s), PROCESS.denoise(z.float(), z.float(), noise.float(), t, s).to(dtype))
+
+
 def test_sample_repeats_with_its_seed():
     x = torch.randn(2, 3, *GRID)
     first, again, other = (PROCESS.sample(lambda z, t: 0.5 * z, x, 3, generator=torch.Generator().manual_seed(n)) for n in (0, 0, 1))
