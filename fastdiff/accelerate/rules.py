@@ -203,7 +203,7 @@ def _embedded(x, proj, position=None):
 
 def _timm_patches(plain):
     def forward(self, x):
-        if not _embeddable(x, self.proj) or (self.strict_img_size and self.img_size not in (None, tuple(x.shape[2:]))):
+        if not _embeddable(x, self.proj) or (getattr(self, "strict_img_size", True) and self.img_size not in (None, tuple(x.shape[2:]))):
             return plain(self, x)
         return self.norm(_embedded(x, self.proj))
 
@@ -213,8 +213,9 @@ def _timm_patches(plain):
 def _diffusers_patches(plain):
     def forward(self, latent):
         grid = tuple(n // self.patch_size for n in latent.shape[-2:])
-        whole = self.pos_embed is None or (self.pos_embed_max_size is None and grid == (self.height, self.width))
-        if not _embeddable(latent, self.proj) or not (whole or self.pos_embed_max_size):
+        largest = getattr(self, "pos_embed_max_size", None)
+        whole = self.pos_embed is None or (not largest and grid == (self.height, self.width))
+        if not _embeddable(latent, self.proj) or not (whole or largest):
             return plain(self, latent)
         position = self.pos_embed
         if not whole:

@@ -338,6 +338,16 @@ def test_diffusers_half(diffusers_patch_embed, calls, dtype):
     assert (fast - exact).abs().max() <= 2 * (plain - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
 
 
+def test_patch_embeddings_compile_whole(timm_patch_embed, diffusers_patch_embed):
+    for module in (timm_patch_embed(img_size=16, patch_size=4, embed_dim=20), diffusers_patch_embed(16, 16, 4, 3, 20),
+                   diffusers_patch_embed(8, 8, 4, 3, 20, pos_embed_max_size=6)):
+        x = torch.randn(2, 3, 16, 16)
+        plain = module(x)
+        fastdiff.accelerate(module, show=False)
+        torch.testing.assert_close(torch.compile(module, backend="eager", fullgraph=True)(x), plain)
+    torch.compiler.reset()
+
+
 def stem(rin_pytorch, *modules):
     """A Sequential of modules, those given as text being Rearranges with patch (2, 4)."""
     rearrange = rin_pytorch.rin_pytorch.Rearrange
