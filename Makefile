@@ -53,8 +53,9 @@ $(VENV)/.installed: constraints.txt
 # The public models of the demo and of the tests, each with its own needs named: torchvision has no build beside a CPU torch, and asking for
 # any of these with its dependencies would replace torch.
 $(VENV)/.demo: $(VENV)/.installed
-	$(PIP) --no-deps rin-pytorch perceiver-pytorch torchvision beartype ema-pytorch accelerate pyyaml safetensors packaging tqdm pillow
-	$(PIP) scikit-learn transformers
+	$(PIP) --no-deps rin-pytorch perceiver-pytorch torchvision beartype ema-pytorch accelerate pyyaml safetensors packaging tqdm pillow \
+	timm torch-dct dctorch
+	$(PIP) scikit-learn transformers diffusers
 	touch $@
 
 # torch.compile's cold start, once: the demo then finds its cache.

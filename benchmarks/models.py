@@ -1,5 +1,7 @@
 """Whole models of other packages, with random weights: as they are, compiled, accelerated, and both; forward, and forward with backward.
 
+A patched U-Net is not accelerated but built around nn.PatchedUNet.
+
 python benchmarks/models.py [NAME ...] --threads 1,2 --pass forward,both --json FILE --quick
 """
 
@@ -20,18 +22,29 @@ from fastdiff.accelerate.measure import difference
 from fastdiff.bench import memory, report, suite, timer
 from fastdiff.demo import define_torchvision_operators
 from fastdiff.info import versions
+from fastdiff.nn import PatchedUNet
 
 COMPILE = dict(dynamic=False)  # options of torch.compile
-OURS = {"accelerated": "accelerate", "accelerated, compiled": "accelerate + compile"}  # run -> op of its record
+OURS = {"accelerated": "{}", "accelerated, compiled": "{} + compile"}  # run -> op of its record
+
+
+def _accelerated(model):
+    fast = copy.deepcopy(model)
+    return fast, accelerate(fast, show=False)
 
 
 @dataclass(frozen=True)
 class Model:
-    """package: the distribution it comes from. build() -> (module, its positional inputs). shape: its sizes, for the record."""
+    """package: the distribution it comes from. build() -> (module, its positional inputs). shape: its sizes, for the record.
+
+    fast(module) -> (a faster one with weights of its own, the report of accelerate or None), by what op names.
+    """
 
     package: str
     build: Callable
     shape: dict
+    fast: Callable = _accelerated
+    op: str = "accelerate"
 
 
 def _perceiver():
@@ -60,10 +73,53 @@ def _rin():
     return model, (torch.randn(1, 3, 1024, 1024), torch.rand(1))
 
 
+class _Image(torch.nn.Module):
+    """A diffusers U-Net that returns the image alone."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x, t):
+        return self.unet(x, t, return_dict=False)[0]
+
+
+class _Patched(torch.nn.Module):
+    """A U-Net between PyTorch's own rearrangements of patches (Luhman & Luhman 2022)."""
+
+    def __init__(self, unet, patch):
+        super().__init__()
+        self.unet, self.patch = unet, patch
+
+    def forward(self, x, t):
+        B, C, h, w = x.shape
+        p, grid = self.patch, (h // self.patch, w // self.patch)
+        y = self.unet(x.view(B, C, grid[0], p, grid[1], p).permute(0, 3, 5, 1, 2, 4).reshape(B, p * p * C, *grid), t)
+        return y.view(B, p, p, C, *grid).permute(0, 3, 4, 1, 5, 2).reshape(B, C, h, w)
+
+
+def _patched_unet(patch, image=64):
+    """Their recipe for 256 pixels at a quarter of its width and size, attention on the coarsest grid."""
+
+    def build():
+        define_torchvision_operators()
+        from diffusers import UNet2DModel
+
+        channels, blocks = 3 * patch ** 2, ("DownBlock2D",) * 3 + ("AttnDownBlock2D",)
+        unet = UNet2DModel(sample_size=image // patch, in_channels=channels, out_channels=channels, block_out_channels=(64, 64, 128, 128),
+                           layers_per_block=2, attention_head_dim=64, down_block_types=blocks,
+                           up_block_types=tuple(name.replace("Down", "Up") for name in reversed(blocks)))
+        return _Patched(_Image(unet), patch), (torch.randn(4, 3, image, image), torch.tensor([10, 300, 600, 990]))
+
+    return Model("diffusers", build, dict(batch=4, image=image, patch=patch, width=64, multipliers=[1, 1, 2, 2], blocks=2),
+                 fast=lambda model: (PatchedUNet(copy.deepcopy(model.unet), model.patch), None), op="PatchedUNet")
+
+
 MODELS = {
     "perceiver": Model("perceiver-pytorch", _perceiver, dict(pixels=224 * 224, bands=64, latents=512, width=1024, layers=2)),
     "perceiver-io": Model("transformers", _perceiver_io, dict(pixels=224 * 224, bands=64, latents=512, width=1024, blocks=2)),
     "rin-1024": Model("rin-pytorch", _rin, dict(image=1024, patch=8, dim=512, latents=256, width=768, heads=16, blocks=1)),
+    **{f"patched-unet-{patch}": _patched_unet(patch) for patch in (1, 2, 4)},
 }
 
 
@@ -96,8 +152,7 @@ def measure(name, pass_, threads, budget, notes):
     torch.manual_seed(0)
     model, inputs = MODELS[name].build()
     _random(model).train(pass_ == "both")
-    fast = copy.deepcopy(model)
-    swapped = accelerate(fast, show=False)
+    fast, swapped = MODELS[name].fast(model)
     with torch.no_grad():
         weights = torch.randn_like(_first(model(*inputs)))
     modules = {"eager": model, "compile": torch.compile(model, **COMPILE), "accelerated": fast,
@@ -114,7 +169,7 @@ def measure(name, pass_, threads, budget, notes):
             del runs[run]
     samples = timer.interleave(runs, budget)
     peers = {run: times for run, times in samples.items() if run not in OURS}
-    records = []
+    records, case = [], MODELS[name]
     for run, op in OURS.items():
         if run not in runs:
             continue
@@ -122,9 +177,10 @@ def measure(name, pass_, threads, budget, notes):
         peak, after = memory.peak(lambda run=run: runs[run](0), "cpu")
         suite.same(run, after, plain, "float32")
         records.append({
-            "op": op, "case": name, "dtype": "float32", "pass": pass_, "device": "cpu", "threads": threads,
-            "backend": f"{len(swapped.replaced)} modules", "shape": MODELS[name].shape, **times, "floor_ms": None, "of_floor": None,
-            "peak_bytes": peak, "peer_peak_bytes": memory.peak(lambda best=times["best_peer"]: runs[best](0), "cpu")[0],
+            "op": op.format(case.op), "case": name, "dtype": "float32", "pass": pass_, "device": "cpu", "threads": threads,
+            "backend": f"{len(swapped.replaced)} modules" if swapped else "ops", "shape": case.shape, **times, "floor_ms": None,
+            "of_floor": None, "peak_bytes": peak,
+            "peer_peak_bytes": memory.peak(lambda best=times["best_peer"]: runs[best](0), "cpu")[0],
             "error": difference(plain, after)[1], "error_limit": suite.PEER_ERROR["float32"]})
     return records
 
@@ -146,8 +202,8 @@ def run(names, *, threads, passes, quick, command, progress=lambda text: None):
                     except ImportError as missing:
                         notes.append(f"{name}: not run, {missing}; to run it: pip install {MODELS[name].package}")
                     except suite.Wrong as wrong:
-                        failures.append({"op": "accelerate", "case": name, "dtype": "float32", "pass": pass_, "device": "cpu", "threads": n,
-                                         "reason": str(wrong)})
+                        failures.append({"op": MODELS[name].op, "case": name, "dtype": "float32", "pass": pass_, "device": "cpu",
+                                         "threads": n, "reason": str(wrong)})
     finally:
         torch.set_num_threads(before)
     made = suite.document(command, versions() | packages, [], records)

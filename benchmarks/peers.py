@@ -33,12 +33,13 @@ PEERS, MISSING, VERSIONS = {}, {}, {}
 
 
 def _optional(name):
+    package = name.partition(".")[0]
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        MISSING[name] = str(error)
+        MISSING[package] = str(error)
         return None
-    VERSIONS[name] = importlib.metadata.version(name)
+    VERSIONS[package] = importlib.metadata.version(package)
     return module
 
 
@@ -222,7 +223,9 @@ _eager("patch_embed", _by_patches(_eager_patchify))
 _eager("unpatch_project", _to_image(_eager_unpatchify))
 _add("patch_embed", "convolution", _strided_convolution)
 _add("patch_embed", "unfold", _by_patches(_unfold), _planar)
+_add("patch_embed", "pixel_unshuffle", _by_patches(_pixel_unshuffle), _square)
 _add("unpatch_project", "fold", _to_image(_fold), _planar)
+_add("unpatch_project", "pixel_shuffle", _to_image(_pixel_shuffle), _square)
 if einops:
     _add("patch_embed", "einops", _by_patches(_einops_patchify))
     _add("unpatch_project", "einops", _to_image(_einops_unpatchify))
@@ -411,18 +414,26 @@ def _dense_idct(x, dims):
     return rows.T @ y if dims == 2 else y
 
 
-def _scipy(name):
-    def run(x, dims):
-        y = getattr(scipy.fft, name)(x.numpy(), axes=tuple(range(-dims, 0)), norm="ortho", workers=torch.get_num_threads())
-        return torch.from_numpy(y)
+class _Scipy(torch.autograd.Function):
+    """scipy has no derivative: that of an orthonormal transform is its inverse."""
 
-    return run
+    @staticmethod
+    def forward(ctx, x, dims, inverse):
+        ctx.dims, ctx.inverse = dims, inverse
+        transform = scipy.fft.idctn if inverse else scipy.fft.dctn
+        return torch.from_numpy(transform(x.numpy(), axes=tuple(range(-dims, 0)), norm="ortho", workers=torch.get_num_threads()))
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _Scipy.apply(dy, ctx.dims, not ctx.inverse), None, None
+
+
+def _scipy(inverse):
+    return lambda x, dims: _Scipy.apply(x, dims, inverse)
 
 
 def _scipy_takes(x, **_):
-    if x.is_cuda or x.dtype not in (torch.float32, torch.float64):
-        return "takes float32 and float64 on a CPU only"
-    return "has no derivative" if x.requires_grad else None
+    return "takes float32 and float64 on a CPU only" if x.is_cuda or x.dtype not in (torch.float32, torch.float64) else None
 
 
 def _torch_dct(name):
@@ -431,6 +442,14 @@ def _torch_dct(name):
 
 def _torch_dct_takes(x, **_):
     return None if x.dtype in (torch.float32, torch.float64) else "takes float32 and float64 only"
+
+
+def _dctorch(name):
+    return lambda x, dims: getattr(dctorch, name)(x)
+
+
+def _dctorch_takes(x, dims=2, **_):
+    return None if dims == 2 else "takes the last two axes only"
 
 
 def _by_transforms(dct, idct):
@@ -484,13 +503,11 @@ _add("blur", "separable", _separable_blur)
 _add("blur_diffuse", "separable", _separable_diffuse)
 scipy = _optional("scipy")
 torch_dct = _optional("torch_dct")
-if scipy:
-    _add("dct", "scipy", _scipy("dctn"), _scipy_takes)
-    _add("idct", "scipy", _scipy("idctn"), _scipy_takes)
-    for _op, _run in _by_transforms(_scipy("dctn"), _scipy("idctn")).items():
-        _add(_op, "scipy", _run, lambda x=None, z=None, **_: _scipy_takes(z if x is None else x))
-if torch_dct:
-    _add("dct", "torch-dct", _torch_dct("dct"), _torch_dct_takes)
-    _add("idct", "torch-dct", _torch_dct("idct"), _torch_dct_takes)
-    for _op, _run in _by_transforms(_torch_dct("dct"), _torch_dct("idct")).items():
-        _add(_op, "torch-dct", _run, lambda x=None, z=None, **_: _torch_dct_takes(z if x is None else x))
+dctorch = _optional("dctorch.functional")
+for _name, _there, _dct, _idct, _takes in (
+        ("scipy", scipy, _scipy(False), _scipy(True), _scipy_takes),
+        ("torch-dct", torch_dct, _torch_dct("dct"), _torch_dct("idct"), _torch_dct_takes),
+        ("dctorch", dctorch, _dctorch("dct2"), _dctorch("idct2"), _dctorch_takes)):
+    if _there:
+        for _op, _run in {"dct": _dct, "idct": _idct, **_by_transforms(_dct, _idct)}.items():
+            _add(_op, _name, _run, lambda x=None, z=None, _takes=_takes, **o: _takes(z if x is None else x, **o))

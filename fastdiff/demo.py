@@ -1,4 +1,5 @@
-"""Public models on a real photograph, plain, accelerated and compiled; then the ops against PyTorch: behind `python -m fastdiff demo`."""
+"""Behind `python -m fastdiff demo`: public models on a real photograph, plain, accelerated and compiled; the photograph under the forward
+processes and back; the ops against PyTorch."""
 
 import argparse
 import copy
@@ -20,10 +21,12 @@ from .accelerate import accelerate
 from .accelerate.measure import difference
 from .bench import report, suite
 from .bench.timer import Budget, interleave
+from .diffusion import BlurringDiffusion, InverseHeat
 
 INSTALL = "pip install rin-pytorch perceiver-pytorch scikit-learn pillow"
 BUDGET = Budget(pairs=20, least=1.0, most=4.0, fewest=5)
 OPS = ("attention", "fourier_cross_attend", "patchify", "unpatchify")  # the microbenchmark of a minute
+STEPS, COLUMNS, SIDE = 100, 6, 96  # of the sheet: states made by each process, those shown, and their size
 _LIBRARIES = []  # operators stay defined as long as their library object lives
 
 
@@ -166,7 +169,7 @@ def compare(build, limit, step):
     if not compiled:
         rows.append(("compiled", "-", "-", "-", "-", outcome))
     left = {row.kind.rpartition(".")[2]: row.reason for row in swapped.kept if row.reason != "no rule"}
-    parts = [f"{len(swapped.replaced)} attention modules replaced", *(f"{kind} left alone ({reason})" for kind, reason in left.items())]
+    parts = [f"{len(swapped.replaced)} modules replaced", *(f"{kind} left alone ({reason})" for kind, reason in left.items())]
     rounding = torch.finfo(torch.float32).eps
     return rows, "; ".join(parts), errors["accelerated"][1] <= 2 * errors["plain"][1] + rounding
 
@@ -205,6 +208,85 @@ def _models(console, limit):
     return right
 
 
+def _there_and_back(process, x):
+    """States (x_0, ..., x_1) at equal times of a BlurringDiffusion: diffused from images x, and drawn back from the last given x."""
+    noise, times = torch.randn_like(x), torch.linspace(0, 1, STEPS + 1)
+    forward = [process.diffuse(x, noise, t.expand(len(x))) for t in times]
+    back = []
+
+    def knows(z, t):
+        back.append(z)
+        return x
+
+    return forward, [process.sample(knows, forward[-1], STEPS, prediction="x", progress=False), *reversed(back)]
+
+
+def _heat(x):
+    """The same for inverse heat dissipation, whose images are in [0, 1], with a network that knows x."""
+    heat, back = InverseHeat(levels=STEPS), []
+    level = lambda k: heat.blur(x, torch.full(x.shape[:1], k))
+
+    def knows(u, k):
+        back.append(u)
+        return level(k[0].item() - 1) - u
+
+    return [level(k) for k in range(STEPS + 1)], [heat.sample(knows, level(STEPS), progress=False), *reversed(back)]
+
+
+def _rows(title, paths):
+    at = torch.linspace(0, STEPS, COLUMNS).round().int().tolist()
+    return [(f"{title}, {way}", [path[i] for i in at]) for way, path in zip(("t from 0 to 1", "back from 1 to 0"), paths, strict=True)]
+
+
+def sheet(size):
+    """(rows of (title, COLUMNS images in [0, 1]), [(process, largest distance from the photograph after coming back, what it may be)]).
+
+    The two diffusions keep the noise of t = 0: six of its standard deviations, halved with the images.
+    """
+    torch.manual_seed(0)
+    x, rows, worst = photograph(size), [], []
+    pixels = x / 2 + 0.5
+    for title, process in (("Gaussian", BlurringDiffusion(max_width=0.0)), ("blurring", BlurringDiffusion())):
+        paths = [[z / 2 + 0.5 for z in path] for path in _there_and_back(process, x)]
+        rows += _rows(title, paths)
+        worst.append((title, (paths[1][0] - pixels).abs().max().item(), 3 * process.scales(torch.zeros(()))[1].item()))
+    paths = _heat(pixels)
+    rows += _rows("heat", paths)
+    worst.append(("heat", (paths[1][0] - pixels).abs().max().item(), 1e-5))
+    return rows, worst
+
+
+def write_sheet(rows, path):
+    """A PNG with a row of images per title, of 256 colours: noise does not compress."""
+    from PIL import Image, ImageDraw
+
+    gap, head = 4, 14
+    side = rows[0][1][0].shape[-1]
+    whole = Image.new("RGB", (COLUMNS * (side + gap) - gap, len(rows) * (side + head)), "white")
+    for r, (title, images) in enumerate(rows):
+        ImageDraw.Draw(whole).text((1, r * (side + head) + 1), title, "black")
+        for c, image in enumerate(images):
+            tile = image[0].clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).contiguous().numpy()
+            whole.paste(Image.fromarray(tile), (c * (side + gap), r * (side + head) + head))
+    whole.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def _pictures(console, folder):
+    """Writes the contact sheet; returns whether every process came back to the photograph."""
+    try:
+        rows, worst = sheet(SIDE)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_sheet(rows, folder / "processes.png")
+    except ImportError as missing:
+        console.print(f"no contact sheet, {missing}; to make it: {INSTALL}")
+        return True
+    console.print(f"\nthe photograph under three forward processes, and back in {STEPS} steps of the exact posterior given it (heat: of a "
+                  f"network that knows it): {folder / 'processes.png'}")
+    found = ", ".join(f"{title} {off:.1e} (wanted: {limit:.0e})" for title, off, limit in worst)
+    console.print(f"largest distance after coming back: {found}")
+    return all(off <= limit for _, off, limit in worst)
+
+
 def _ops(console, folder):
     """Runs the quick benchmark, which prints its table; returns whether every result was right."""
     console.print(f"\nthe ops against PyTorch (python -m fastdiff bench {' '.join(OPS)} --quick)")
@@ -222,7 +304,7 @@ def main(argv):
     """Runs the demo; returns 1 when an output was wrong."""
     parser = argparse.ArgumentParser("python -m fastdiff demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), metavar="FOLDER",
-                        help="where the roofline picture goes (default: %(default)s)")
+                        help="where the pictures go (default: %(default)s)")
     parser.add_argument("--compile-limit", type=float, default=10.0, metavar="SECONDS",
                         help="for torch.compile, per model (default: %(default)g)")
     parser.add_argument("--prepare", action="store_true", help="only compile, without a limit: torch keeps the code on disk for later runs")
@@ -237,6 +319,7 @@ def main(argv):
     console.print(f"{machine['processor']}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
                   f"native kernels: {machine['isa'] or 'none, see python -m fastdiff info'}")
     right = _models(console, options.compile_limit)
+    right = _pictures(console, options.output) and right
     right = _ops(console, options.output) and right
     console.print(f"\n{time.perf_counter() - start:.0f} s in all")
     return 0 if right else 1

@@ -39,3 +39,15 @@ def transformers_perceiver():
     """The module that has transformers' Perceivers."""
     define_torchvision_operators()
     return pytest.importorskip("transformers.models.perceiver.modeling_perceiver", reason="transformers is not installed")
+
+
+@pytest.fixture
+def timm_patch_embed():
+    define_torchvision_operators()
+    return pytest.importorskip("timm.layers", reason="timm is not installed").PatchEmbed
+
+
+@pytest.fixture
+def diffusers_patch_embed():
+    define_torchvision_operators()
+    return pytest.importorskip("diffusers.models.embeddings", reason="diffusers is not installed").PatchEmbed

@@ -42,6 +42,8 @@ def _fast(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: COMPILE(self, backend="eager"))
     monkeypatch.setattr(demo, "BUDGET", demo.Budget(pairs=3, least=0.0))
     monkeypatch.setattr(demo, "MODELS", {"a small net": small})
+    monkeypatch.setattr(demo, "STEPS", 10)
+    monkeypatch.setattr(demo, "SIDE", 24)
     monkeypatch.setattr(demo.suite, "main", lambda argv: 0)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -60,7 +62,7 @@ def test_three_runs(tmp_path, capsys):
     assert table["plain"][1] == "1.00"
     assert all(float(row[2]) < 1e-6 and float(row[3]) < 1e-6 for row in table.values())
     assert table["compiled"][4] and not table["plain"][4]
-    assert "0 attention modules replaced" in out
+    assert "0 modules replaced" in out
 
 
 def test_picture_and_exit_code_of_the_benchmark(tmp_path, monkeypatch, capsys):
@@ -69,6 +71,35 @@ def test_picture_and_exit_code_of_the_benchmark(tmp_path, monkeypatch, capsys):
     assert demo.main(["--output", str(tmp_path / "new")]) == 1
     assert (tmp_path / "new").is_dir()
     assert asked == [[*demo.OPS, "--quick", "--plot", str(tmp_path / "new" / "roofline.png")]]
+
+
+def test_sheet(tmp_path):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    rows, worst = demo.sheet(24)
+    assert [title for title, *_ in worst] == ["Gaussian", "blurring", "heat"] and all(0 < off <= limit < 0.03 for _, off, limit in worst)
+    assert len(rows) == 6 and all(len(images) == demo.COLUMNS and x.shape == (1, 3, 24, 24) for _, images in rows for x in images)
+    photograph = demo.photograph(24) / 2 + 0.5
+    for (_, forward), (_, back) in zip(rows[::2], rows[1::2], strict=True):
+        torch.testing.assert_close(forward[-1], back[-1])
+        distances = [(x - photograph).square().mean().item() for x in back]
+        assert distances == sorted(distances) and distances[-1] > 0.01
+    demo.write_sheet(rows, tmp_path / "sheet.png")
+    with image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (6 * 28 - 4, 6 * 38)
+        tile = torch.frombuffer(bytearray(sheet.convert("RGB").crop((0, 14, 24, 38)).tobytes()), dtype=torch.uint8).view(24, 24, 3)
+    assert (tile.permute(2, 0, 1) / 255 - photograph[0]).abs().mean() < 0.05
+
+
+def test_a_process_that_does_not_come_back_is_told(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    assert demo.main(["--output", str(tmp_path)]) == 0
+    assert (tmp_path / "processes.png").is_file()
+    sample = demo.InverseHeat.sample
+    monkeypatch.setattr(demo.InverseHeat, "sample", lambda *a, **o: sample(*a, **o) + 1e-3)
+    assert demo.main(["--output", str(tmp_path)]) == 1
+    assert "heat 1.0e-03 (wanted: 1e-05)" in capsys.readouterr().out
 
 
 def test_a_wrong_output_is_told(tmp_path, monkeypatch, capsys):

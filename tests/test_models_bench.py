@@ -99,9 +99,23 @@ def test_refusals(models, argv, why, capsys):
     assert why in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "parts"), [("perceiver", 5), ("perceiver-io", 9), ("rin-1024", 4)])
+@pytest.mark.parametrize(("name", "parts"), [("perceiver", 5), ("perceiver-io", 9), ("rin-1024", 6)])
 def test_the_real_models(models, rin_pytorch, transformers_perceiver, name, parts):
     """Built without memory: the packages take the arguments, and the rules know their modules."""
     with torch.device("meta"):
         module, _ = models.REAL[name].build()
     assert len(fastdiff.accelerate(module, show=False).replaced) == parts
+
+
+def test_a_patched_unet(models):
+    """The two sides are one function of the same weights, and differ in nothing but who moves the patches."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    model = models.REAL["patched-unet-4"]
+    plain, (x, t) = model.build()
+    models._random(plain)
+    fast, report = model.fast(plain)
+    assert report is None and not {p.data_ptr() for p in fast.parameters()} & {p.data_ptr() for p in plain.parameters()}
+    with torch.no_grad():
+        out = plain(x[:1, :, :32, :32], t[:1])
+        torch.testing.assert_close(fast(x[:1, :, :32, :32], t[:1]), out)
+    assert out.shape == (1, 3, 32, 32) and out.std() > 0

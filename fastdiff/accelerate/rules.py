@@ -5,11 +5,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 
 from ..nn import foreign
-from ..ops import attention, fourier_cross_attend
+from ..ops import attention, fourier_cross_attend, patch_embed, patchify, unpatch_project, unpatchify
 
 _TRANSFORMERS = "transformers.models.perceiver.modeling_perceiver"
 
@@ -20,7 +21,7 @@ class Rule:
 
     options and inputs: the constructor's and forward's parameters the replacement accounts for; a version with others is left alone.
     refuse(m): a sentence when module m is not for it, else None. note(m): a sentence about calls that stay with the original, else None.
-    leave: a sentence, for a class that is known and left alone.
+    leave: a sentence, for a class that is known and left alone. about(m): whether the rule has a word on module m at all.
     """
 
     module: str
@@ -31,6 +32,7 @@ class Rule:
     refuse: Callable = lambda m: None
     note: Callable = lambda m: None
     leave: str | None = None
+    about: Callable = lambda m: True
 
     @property
     def kind(self):
@@ -181,6 +183,158 @@ def _transformers_model(plain):
     return forward
 
 
+def _no_patches(proj):
+    """A reason against `patch_embed` in place of a projection, or None."""
+    if type(proj) is not torch.nn.Conv2d:
+        return f"its projection is a {type(proj).__name__}, not a Conv2d"
+    if (proj.stride, proj.padding, proj.dilation, proj.groups) != (proj.kernel_size, (0, 0), (1, 1), 1):
+        return f"its projection {proj} is not one of patches side by side"
+    return None
+
+
+def _embeddable(x, proj):
+    return (x.dim() == 4 and x.device.type in ("cpu", "cuda") and x.shape[1] == proj.in_channels and not _no_patches(proj)
+            and not any(n % p for n, p in zip(x.shape[2:], proj.kernel_size, strict=True)) and not _watched(proj))
+
+
+def _embedded(x, proj, position=None):
+    return patch_embed(x, proj.weight.flatten(1), proj.bias, position, patch=proj.kernel_size, order="cpq")
+
+
+def _timm_patches(plain):
+    def forward(self, x):
+        if not _embeddable(x, self.proj) or (getattr(self, "strict_img_size", True) and self.img_size not in (None, tuple(x.shape[2:]))):
+            return plain(self, x)
+        return self.norm(_embedded(x, self.proj))
+
+    return forward
+
+
+def _diffusers_patches(plain):
+    def forward(self, latent):
+        grid = tuple(n // self.patch_size for n in latent.shape[-2:])
+        largest = getattr(self, "pos_embed_max_size", None)
+        whole = self.pos_embed is None or (not largest and grid == (self.height, self.width))
+        if not _embeddable(latent, self.proj) or not (whole or largest):
+            return plain(self, latent)
+        position = self.pos_embed
+        if not whole:
+            position = self.cropped_pos_embed(*latent.shape[-2:])
+        if position is not None:
+            position = position[0].to(self.proj.weight.dtype)
+        if not self.layer_norm:
+            return _embedded(latent, self.proj, position)
+        y = self.norm(_embedded(latent, self.proj))
+        return y if position is None else (y + position).to(y.dtype)
+
+    return forward
+
+
+def _flat(m):
+    return _no_patches(m.proj) if m.flatten else "it keeps the grid of patches"
+
+
+def _axes(side):
+    """Half a pattern of einops, "b (h p)", as (("b",), ("h", "p"))."""
+    axes, inside = [], False
+    for word in side.replace("(", " ( ").replace(")", " ) ").split():
+        if word in "()":
+            inside = word == "("
+            axes += [()] if inside else []
+        elif inside:
+            axes[-1] += (word,)
+        else:
+            axes.append((word,))
+    return axes
+
+
+def _pattern(pattern, given):
+    """(whether to tokens, order, names of the patch's axes, of the grid's) of a pattern between image and rows of patches, else None."""
+    left, right = map(_axes, pattern.split("->"))
+    for image, rows in ((left, right), (right, left)):
+        if len(rows) == 3 and 3 <= len(image) <= 5 and [len(axis) for axis in image] == [1, 1] + [2] * (len(image) - 2):
+            names = [name for axis in image for name in axis]
+            batch, channel, grid, patch = image[0], image[1], *zip(*image[2:], strict=True)
+            orders = {(*patch, *channel): "pqc", (*channel, *patch): "cpq"}
+            if (rows[:2] == [batch, grid] and rows[2] in orders and all(map(str.isidentifier, names)) and len({*names}) == len(names)
+                    and set(patch) <= set(given) <= {*patch, *grid}):
+                return image is left, orders[rows[2]], patch, grid
+    return None
+
+
+_PATTERNS = {}
+
+
+def _patches(m):
+    """(whether to tokens, order, patch, names of the grid's axes) of an einops Rearrange between image and rows of patches, else None."""
+    if type(m).__qualname__ != "Rearrange" or type(m).__module__ != "einops.layers.torch":
+        return None
+    key = m.pattern, tuple(m.axes_lengths)
+    if key not in _PATTERNS:
+        _PATTERNS[key] = _pattern(*key)
+    found = _PATTERNS[key]
+    return found and (*found[:2], tuple(m.axes_lengths[name] for name in found[2]), found[3])
+
+
+def _grid(m, names, N):
+    """The grid of N patches whose axes' lengths m knows but for one, or None."""
+    known = [m.axes_lengths.get(name) for name in names]
+    if known.count(None) == 1:
+        rest = prod([n for n in known if n is not None])
+        known = [N // max(rest, 1) if n is None else n for n in known]
+    return None if None in known or prod(known) != N else tuple(known)
+
+
+def _to_tokens(x, m, linear, order, patch, names):
+    """Rearrange m, and the linear layer behind it if there is one; None where x is not for it."""
+    grid = [n // p for n, p in zip(x.shape[2:], patch, strict=False)]
+    if x.dim() != 2 + len(patch) or any(n % p for n, p in zip(x.shape[2:], patch, strict=True)):
+        return None
+    if any(m.axes_lengths.get(name, n) != n for name, n in zip(names, grid, strict=True)):
+        return None
+    if linear is None:
+        return patchify(x, patch, order=order)
+    if x.shape[1] * prod(patch) != linear.in_features:
+        return None
+    return patch_embed(x, linear.weight, linear.bias, patch=patch, order=order)
+
+
+def _to_image(x, m, linear, order, patch, names):
+    """Rearrange m, and the linear layer before it if there is one; None where x is not for it."""
+    grid = None if x.dim() != 3 else _grid(m, names, x.shape[1])
+    width = x.shape[-1] if linear is None else linear.out_features
+    if grid is None or width % prod(patch) or (linear is not None and x.shape[-1] != linear.in_features):
+        return None
+    if linear is None:
+        return unpatchify(x, patch, grid, order=order)
+    return unpatch_project(x, linear.weight, linear.bias, patch=patch, grid=grid, order=order)
+
+
+def _plain_linear(m):
+    return m if type(m) is torch.nn.Linear and not _watched(m) else None
+
+
+def _sequential(plain):
+    def forward(self, input):
+        x, steps = input, [*self]
+        while steps:
+            m, then = steps.pop(0), steps[0] if steps else None
+            y, found = None, None if _watched(m) else _patches(m)
+            if isinstance(x, torch.Tensor) and x.device.type in ("cpu", "cuda") and x.is_floating_point():
+                if found and found[0]:
+                    y = _to_tokens(x, m, _plain_linear(then), *found[1:])
+                    steps = steps[1:] if y is not None and _plain_linear(then) else steps
+                elif found:
+                    y = _to_image(x, m, None, *found[1:])
+                elif _plain_linear(m) and then is not None and not _watched(then) and (found := _patches(then)) and not found[0]:
+                    y = _to_image(x, then, m, *found[1:])
+                    steps = steps[1:] if y is not None else steps
+            x = m(x) if y is None else y
+        return x
+
+    return forward
+
+
 def _no_grid(m):
     """A reason against `_transformers_model`, or None."""
     if why := foreign.why_no_grid(m.input_preprocessor):
@@ -247,6 +401,14 @@ RULES = (
          inputs=frozenset("inputs attention_mask subsampled_output_points output_attentions output_hidden_states interpolate_pos_encoding "
                           "return_dict kwargs".split()),
          options=frozenset("config decoder input_preprocessor output_postprocessor".split())),
+    Rule("timm.layers.patch_embed", "PatchEmbed", _timm_patches, refuse=_flat, inputs=frozenset("x"),
+         options=frozenset("img_size patch_size in_chans embed_dim norm_layer flatten output_fmt bias strict_img_size dynamic_img_pad "
+                           "device dtype".split())),
+    Rule("diffusers.models.embeddings", "PatchEmbed", _diffusers_patches, refuse=_flat, inputs=frozenset(("latent",)),
+         options=frozenset("height width patch_size in_channels embed_dim layer_norm flatten bias interpolation_scale pos_embed_type "
+                           "pos_embed_max_size".split())),
+    Rule("torch.nn.modules.container", "Sequential", _sequential, about=lambda m: any(map(_patches, m)), inputs=frozenset(("input",)),
+         options=frozenset(("args",))),
     Rule("rin_pytorch.rin_pytorch", "LinearAttention", leave=_LINEAR),
     Rule("perceiver_pytorch.experimental", "LinearAttention", leave=_LINEAR),
     Rule("torch.nn.modules.activation", "MultiheadAttention", leave="calls scaled_dot_product_attention: run it in fastdiff.sdpa()"),

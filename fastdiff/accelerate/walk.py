@@ -13,10 +13,11 @@ def _reason(m):
     """(reason to leave module m, rule): (None, rule) when it can be replaced, (None, None) when no rule has a word on it."""
     if isinstance(m, Replaced):
         return "already replaced", None
-    rule = rule_of(type(m))
-    if rule is None:
-        known = next((r for r in map(rule_of, type(m).__mro__) if r), None)
-        return known and f"a subclass of {known.kind}: it may compute something else", None
+    rule = next((r for r in map(rule_of, type(m).__mro__) if r), None)
+    if rule is None or not rule.about(m):
+        return None, None
+    if rule is not rule_of(type(m)):
+        return f"a subclass of {rule.kind}: it may compute something else", None
     return rule.why_not(m), rule
 
 

@@ -1,22 +1,50 @@
-"""Blurring diffusion (Hoogeboom & Salimans 2023): noise is added and the image blurred, as one Gaussian process per frequency."""
+"""Blurring diffusion (Hoogeboom & Salimans 2023): noise is added and the image blurred, as one Gaussian process per frequency.
+
+Inverse heat dissipation (Rissanen et al. 2023): the image is blurred by levels, and a network undoes one level at a time.
+"""
 
 import math
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
-from ..core.check import fail, tensor
-from ..ops import blur_denoise, blur_diffuse
+from ..core.check import fail, option, tensor
+from ..ops import blur, blur_denoise, blur_diffuse
 
 
 def _wide(x):
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
+def _normal(x, generator):
+    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+
+
+def _whole(op, name, value):
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        fail(op, f"{name} wants an int of at least 1, got {value!r}")
+
+
+def _per_sample(op, name, t, x):
+    if tensor(op, name, t).shape != tensor(op, "x", x).shape[:1]:
+        fail(op, f"{name} wants the shape (B,) = ({x.shape[0]},), got {tuple(t.shape)}")
+    return t
+
+
+def _shown(steps, progress):
+    """The steps, with a bar on a terminal's standard error."""
+    console = Console(stderr=True)
+    return track(steps, "sampling", console=console, transient=True, disable=not (progress and console.is_terminal))
+
+
 @dataclass(frozen=True)
 class BlurringDiffusion:
-    """z_t = signal(t) blur(x, width(t), floor) + sigma(t) eps, t in [0, 1].
+    """z_t = signal(t) blur(x, width(t), floor) + sigma(t) eps, t in [0, 1]; in discrete time t = 1/T, 2/T, ..., 1.
+
+    With max_width=0 it is a variance-preserving Gaussian diffusion in pixels.
 
     Units    logsnr: natural logarithm of signal^2 / sigma^2 at t = 1 (min) and t = 0 (max); max_width: pixels, at t = 1
     Source   Hoogeboom & Salimans 2023, section 4 and appendix A
@@ -34,9 +62,24 @@ class BlurringDiffusion:
         return torch.cos(angle), torch.sin(angle), self.max_width * torch.sin(t * (math.pi / 2)).square()
 
     def diffuse(self, x, noise, t):
-        """z_t for images x, noise (B, C, h, w) and times t (B,); a network is trained to tell `noise` from z_t and t."""
-        signal, sigma, width = (s.to(_wide(x)) for s in self.scales(self._times("diffuse", "t", t, x)))
+        """z_t for images x, noise (B, C, h, w) and times t (B,)."""
+        signal, sigma, width = (s.to(_wide(x)) for s in self.scales(_per_sample("diffuse", "t", t, x)))
         return blur_diffuse(x, noise, signal, sigma, width, floor=self.floor)
+
+    def training_pair(self, x, t=None, noise=None, *, steps=None, generator=None):
+        """(z_t, t, eps) for images x (B, C, h, w): a network is trained to minimise |eps - net(z_t, t)|^2.
+
+        Times (B,) that are not given are uniform: on [0, 1], or on 1/steps, 2/steps, ..., 1; noise that is not given is normal.
+        """
+        tensor("training_pair", "x", x)
+        if steps is not None:
+            _whole("training_pair", "steps", steps)
+        if t is None:
+            options = dict(device=x.device, generator=generator)
+            draw = torch.rand(x.shape[:1], dtype=_wide(x), **options)
+            t = draw if steps is None else (1 + torch.floor(draw * steps).clamp(max=steps - 1)) / steps
+        noise = _normal(x, generator) if noise is None else noise
+        return self.diffuse(x, noise, t), t, noise
 
     def alpha(self, t, grid):
         """The signal's scale at times t (B,) for every frequency of an h x w grid: float64 (B, 1, h, w)."""
@@ -45,34 +88,116 @@ class BlurringDiffusion:
         decay = torch.exp(-(squares[0].unsqueeze(1) + squares[1]) * width.square() / 2)
         return signal * ((1 - self.floor) * decay + self.floor)
 
-    def gains(self, t, s, grid):
-        """(gain_z, gain_eps, gain_noise) of `blur_denoise` for the step from times t to times s <= t: float64 (B, 1, h, w).
+    def gains(self, t, s, grid, *, prediction="eps"):
+        """(gain_z, gain_prediction, gain_noise) of `blur_denoise` for the step from times t to times s <= t: float64 (B, 1, h, w).
 
-        With r = alpha_t / alpha_s and u = sigma_t^2 - r^2 sigma_s^2, the variance of z_t given z_s, the posterior has the variance
-        sigma_s^2 u / sigma_t^2 and the mean (z - u eps / sigma_t) / r: two coefficients of z add up to 1 / r.
+        With r = alpha_t / alpha_s and u = sigma_t^2 - r^2 sigma_s^2, the variance of z_t given z_s, the posterior of z_s given z_t and x
+        has the variance sigma_s^2 u / sigma_t^2 and the mean (r sigma_s^2 z + alpha_s u x) / sigma_t^2 = (z - u eps / sigma_t) / r.
         """
-        ratio = self.alpha(t, grid) / self.alpha(s, grid)
+        alpha_t, alpha_s = self.alpha(t, grid), self.alpha(s, grid)
         (_, sigma_t, _), (_, sigma_s, _) = (tuple(x.view(-1, 1, 1, 1) for x in self.scales(time.double())) for time in (t, s))
+        ratio = alpha_t / alpha_s
         added = (sigma_t.square() - (ratio * sigma_s).square()).clamp(min=0)
-        return 1 / ratio, -added / (ratio * sigma_t), sigma_s * added.sqrt() / sigma_t
+        noise = sigma_s * added.sqrt() / sigma_t
+        if option("gains", "prediction", prediction, ("eps", "x")) == "x":
+            return ratio * (sigma_s / sigma_t).square(), alpha_s * added / sigma_t.square(), noise
+        return 1 / ratio, -added / (ratio * sigma_t), noise
 
-    def denoise(self, z, eps, noise, t, s):
-        """A draw of z_s given z_t and the predicted eps; `noise` is standard normal, per frequency. Times t >= s (B,)."""
-        t, s = self._times("denoise", "t", t, z), self._times("denoise", "s", s, z)
-        return blur_denoise(z, eps, noise, *(g.to(z.dtype) for g in self.gains(t, s, z.shape[2:])))
+    def denoise(self, z, predicted, noise, t, s, *, prediction="eps"):
+        """A draw of z_s given z_t and the predicted eps or x; `noise` is standard normal, per frequency. Times t >= s (B,).
 
-    def sample(self, denoiser, z, steps, *, generator=None):
-        """Images from z (B, C, h, w), standard normal noise: `steps` equal steps from t = 1 to 0, with eps = denoiser(z, t)."""
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            fail("sample", f"steps wants an int of at least 1, got {steps!r}")
-        times = torch.linspace(1, 0, steps + 1, dtype=_wide(z), device=z.device).unsqueeze(1).expand(-1, z.shape[0])
-        for t, s in pairwise(times):
-            noise = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
-            z = self.denoise(z, denoiser(z, t), noise, t, s)
-        return z
+        One inverse transform makes mean and noise, and colours the noise by frequency.
+        """
+        t, s = _per_sample("denoise", "t", t, z), _per_sample("denoise", "s", s, z)
+        return self._step(*(x.to(_wide(z)) for x in (z, predicted, noise)), t, s, prediction).to(z.dtype)
 
-    @staticmethod
-    def _times(op, name, t, x):
-        if tensor(op, name, t).shape != tensor(op, "x", x).shape[:1]:
-            fail(op, f"{name} wants the shape (B,) = ({x.shape[0]},), got {tuple(t.shape)}")
-        return t
+    def _step(self, z, predicted, noise, t, s, prediction):
+        """In float32 or float64: in half precision the gains of small steps would round to 1."""
+        return blur_denoise(z, predicted, noise, *(g.to(z.dtype) for g in self.gains(t, s, z.shape[2:], prediction=prediction)))
+
+    def sample(self, denoiser, z, steps, *, prediction="eps", generator=None, progress=True):
+        """Images from z (B, C, h, w), standard normal noise: `steps` equal steps from t = 1 to 0.
+
+        steps may also be the times themselves, 1-D and falling. denoiser(z, t) predicts eps (or x) from z and times (B,). Between its calls
+        z is kept in float32 where it came in half precision.
+        """
+        tensor("sample", "z", z)
+        if isinstance(steps, torch.Tensor):
+            if steps.dim() != 1 or len(steps) < 2 or not ((steps >= 0) & (steps <= 1)).all() or not (steps.diff() < 0).all():
+                fail("sample", f"steps wants falling times in [0, 1], at least two, got {steps}")
+            times = steps.double()
+        else:
+            _whole("sample", "steps", steps)
+            times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        dtype, z = z.dtype, z.to(_wide(z))
+        for t, s in _shown(list(pairwise(times.to(z.device).unsqueeze(1))), progress):
+            predicted = denoiser(z.to(dtype), t.to(z.dtype).expand(z.shape[0])).to(z.dtype)
+            z = self._step(z, predicted, _normal(z, generator), t, s, prediction)
+        return z.to(dtype)
+
+
+@dataclass(frozen=True)
+class InverseHeat:
+    """Levels k = 0 to K of blur, u_k = blur(x, width_k), and a network that finds u_{k-1} from u_k with a little noise.
+
+    width_0 = 0, and width_1 to width_K are in equal ratios from min_width to max_width.
+
+    Units    widths: pixels; noise and the sampler's delta: the image's units, for images in [0, 1]
+    Source   Rissanen, Heinonen & Solin 2023, section 3 and appendix A
+    """
+
+    levels: int = 200
+    max_width: float = 24.0
+    min_width: float = 0.5
+    noise: float = 0.01
+
+    def __post_init__(self):
+        _whole("InverseHeat", "levels", self.levels)
+        if not 0 < self.min_width <= self.max_width:
+            fail("InverseHeat", f"min_width wants more than 0 and at most max_width = {self.max_width}, got {self.min_width}")
+
+    def widths(self, device=None):
+        """The blur's width at every level: float64 (K + 1,)."""
+        logs = torch.linspace(math.log(self.min_width), math.log(self.max_width), self.levels, dtype=torch.float64)
+        return torch.cat((logs.new_zeros(1), logs.exp())).to(device)
+
+    def _width(self, op, k, x, least=0):
+        if _per_sample(op, "k", k, x).dtype is not torch.int64:
+            fail(op, f"k wants int64, got {k.dtype}")
+        if not k.is_cuda and k.numel() and not (least <= k.min() and k.max() <= self.levels):
+            fail(op, f"k wants levels in [{least}, {self.levels}], got [{k.min()}, {k.max()}]")
+        return self.widths(x.device)[k - least].to(_wide(x))
+
+    def blur(self, x, k):
+        """u_k for images x (B, C, h, w) and levels k (B,), int64."""
+        return blur(x, self._width("blur", k, x))
+
+    def training_pair(self, x, k=None, noise=None, *, generator=None):
+        """(y, k, residual) for images x: y = u_k + self.noise n, residual = u_{k-1} - y.
+
+        A network is trained to minimise |residual - net(y, k)|^2, summed over the pixels and averaged over the samples. Levels (B,) that
+        are not given are uniform on 1 to K - 1, as in the authors' program (K = 1: on 1); noise n that is not given is normal.
+        """
+        tensor("training_pair", "x", x)
+        if k is None:
+            k = torch.randint(1, max(2, self.levels), x.shape[:1], device=x.device, generator=generator)
+        less = self._width("training_pair", k, x, least=1)
+        n = _normal(x, generator) if noise is None else noise
+        one = torch.ones_like(less)
+        y = blur_diffuse(x, n, one, self.noise * one, self._width("training_pair", k, x), floor=0.0)
+        return y, k, blur(x, less) - y
+
+    def sample(self, denoiser, u, *, delta=None, generator=None, progress=True):
+        """Images from blurred images u = u_K (B, C, h, w): K times u <- u + denoiser(u, k) + delta n, the last time without noise.
+
+        denoiser(u, k) predicts the residual from u and levels k (B,), int64. delta is 1.25 self.noise unless given. Between its calls u is
+        kept in float32 where it came in half precision.
+        """
+        tensor("sample", "u", u)
+        delta = 1.25 * self.noise if delta is None else delta
+        dtype, u = u.dtype, u.to(_wide(u))
+        for k in _shown(range(self.levels, 0, -1), progress):
+            u = u + denoiser(u.to(dtype), torch.full(u.shape[:1], k, dtype=torch.int64, device=u.device))
+            if k > 1:
+                u = u + delta * _normal(u, generator)
+        return u.to(dtype)

@@ -5,7 +5,7 @@ from math import prod
 import torch
 from torch import nn
 
-from ..ops import patch_embed, unpatch_project
+from ..ops import depth_to_space, patch_embed, space_to_depth, unpatch_project
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -60,6 +60,16 @@ class PatchEmbed(nn.Module):
         return cls._from("from_timm", module, None)
 
     @classmethod
+    def from_dit(cls, model):
+        """A DiT's `x_embedder`, a timm PatchEmbed, with the model's `pos_embed` (1, N, dim) as its positions; weights are copied.
+
+        Raises   ValueError as from_timm
+        """
+        made = cls.from_timm(model.x_embedder)
+        made.register_buffer("pos_embed", model.pos_embed.detach().clone())
+        return made
+
+    @classmethod
     def from_diffusers(cls, module):
         """A `diffusers.models.embeddings.PatchEmbed`, with its positions if it has any; weights are copied.
 
@@ -103,3 +113,38 @@ class Unpatch(nn.Module):
             raise ValueError(f"from_linear: patch wants a product that divides {linear.out_features} features, got {patch}")
         made = cls(linear.in_features, linear.out_features // prod(patch), patch, bias=linear.bias is not None, order=order)
         return _load(made, ((made.linear.weight, linear.weight), (made.linear.bias, linear.bias)), linear.weight)
+
+
+class PatchedUNet(nn.Module):
+    """depth_to_space(unet(space_to_depth(x), ...)): a convolutional denoiser on a grid that is `patch` times coarser.
+
+    Shapes   x (B, C, *space), 1-D to 3-D, that the patch divides; the unet takes prod(patch) * C channels at space / patch and gives
+             prod(patch) * C' there -> (B, C', *space). Where it gives a tuple, each of its tensors is put back
+    Options  patch: an int or one per axis; order: of a patch's elements in the channels, "pqc" (row, column, channel) or "cpq"
+             (pixel_unshuffle); heads: how many outputs of the unet lie side by side in its channels, each with its own patches
+    State    unet: the denoiser as it was given; other arguments of a call go to it unchanged
+    Source   Luhman & Luhman 2022, section 3
+    """
+
+    def __init__(self, unet, patch, *, order="pqc", heads=1):
+        super().__init__()
+        if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+            raise ValueError(f"PatchedUNet: heads wants an int of at least 1, got {heads!r}")
+        self.unet, self.patch, self.order, self.heads = unet, patch, order, heads
+
+    def _image(self, y):
+        if y.shape[1] % self.heads:
+            raise ValueError(f"PatchedUNet: heads wants a divisor of the unet's {y.shape[1]} channels, got {self.heads}")
+        images = [depth_to_space(part, self.patch, order=self.order) for part in y.chunk(self.heads, 1)]
+        return images[0] if self.heads == 1 else torch.cat(images, 1)
+
+    def forward(self, x, *arguments, **options):
+        y = self.unet(space_to_depth(x, self.patch, order=self.order), *arguments, **options)
+        if isinstance(y, tuple | list):
+            return tuple(map(self._image, y))
+        if not isinstance(y, torch.Tensor):
+            raise TypeError(f"PatchedUNet: unet wants to give a tensor or a tuple of tensors, gave a {type(y).__name__}")
+        return self._image(y)
+
+    def extra_repr(self):
+        return f"patch={self.patch}, order={self.order}, heads={self.heads}"

@@ -17,7 +17,7 @@ def test_figures(rin, capsys, monkeypatch):
     report = fastdiff.accelerate(model, example=inputs)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
-    assert len(report.replaced) == 6
+    assert len(report.replaced) == 8
     for row in (report, *report.replaced):
         assert 0 <= row.error < 1e-4 and 0 <= row.relative < 1e-4
         assert 0 < row.time_before and 0 < row.time_after

@@ -265,6 +265,154 @@ def test_transformers_pickle(transformers_classifier):
     assert torch.equal(fastdiff.restore(other)(x).logits, plain)
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the patch ops that the rules call."""
+    names = []
+    for name in ("patch_embed", "patchify", "unpatch_project", "unpatchify"):
+        op = getattr(rules, name)
+        monkeypatch.setattr(rules, name, lambda *a, name=name, op=op, **o: names.append(name) or op(*a, **o))
+    return names
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False, "patch_size": (2, 4)}, {"norm_layer": torch.nn.LayerNorm}, {"img_size": None},
+                                     {"dynamic_img_pad": True}, {"strict_img_size": False, "img_size": 4}], ids=str)
+def test_timm_patches(timm_patch_embed, calls, options):
+    module = timm_patch_embed(**dict(img_size=(8, 12), patch_size=4, embed_dim=20) | options)
+    compared(module, (torch.randn(2, 3, 8, 12),))
+    assert calls == ["patch_embed"]
+
+
+def test_timm_images_that_stay_with_the_original(timm_patch_embed, calls):
+    """Padded, cut short, refused: as before."""
+    padded = timm_patch_embed(img_size=None, patch_size=4, embed_dim=20, dynamic_img_pad=True)
+    cut = timm_patch_embed(img_size=None, patch_size=4, embed_dim=20)
+    strict = timm_patch_embed(img_size=8, patch_size=4, embed_dim=20)
+    hooked, heard = timm_patch_embed(img_size=8, patch_size=4, embed_dim=20), []
+    x, small = torch.randn(2, 3, 10, 9), torch.randn(2, 3, 8, 8)
+    plain = [padded(x), cut(x), hooked(small)]
+    for m in (padded, cut, strict, hooked):
+        assert fastdiff.accelerate(m, show=False).replaced
+    with pytest.raises(AssertionError, match="doesn't match model"):
+        strict(torch.randn(2, 3, 16, 16))
+    hooked.proj.register_forward_hook(lambda *_: heard.append(1))
+    for one, other in zip(plain, (padded(x), cut(x), hooked(small)), strict=True):
+        assert torch.equal(one, other)
+    assert heard and not calls
+    strict.set_input_size(12, 2)
+    assert strict(torch.randn(2, 3, 12, 12)).shape == (2, 36, 20) and calls == ["patch_embed"]
+
+
+def test_patch_embeddings_left_alone_and_why(timm_patch_embed, diffusers_patch_embed):
+    strided, linear = (timm_patch_embed(img_size=8, patch_size=4, embed_dim=20) for _ in range(2))
+    strided.proj.stride, linear.proj = (2, 2), torch.nn.Linear(3, 4)
+    for module, why in ((timm_patch_embed(img_size=8, patch_size=4, embed_dim=20, output_fmt="NHWC"), "keeps the grid"),
+                        (diffusers_patch_embed(8, 8, 4, 3, 20, flatten=False, pos_embed_type=None), "keeps the grid"),
+                        (strided, "not one of patches side by side"), (linear, "its projection is a Linear, not a Conv2d")):
+        report = fastdiff.accelerate(module, show=False)
+        assert not report.replaced and why in report.kept[0].reason
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"layer_norm": True}, {"pos_embed_type": None}, {"interpolation_scale": 2},
+                                     {"pos_embed_max_size": 6}, {"layer_norm": True, "pos_embed_type": None}], ids=str)
+def test_diffusers_patches(diffusers_patch_embed, calls, options):
+    compared(diffusers_patch_embed(height=16, width=16, patch_size=4, embed_dim=20, **options), (torch.randn(2, 3, 16, 16),))
+    assert calls == ["patch_embed"]
+
+
+def test_diffusers_patches_of_other_images(diffusers_patch_embed, calls):
+    """Cropped positions are the table's; positions of a grid that was not foreseen are made by the original."""
+    for options, expected in (({"pos_embed_max_size": 6}, ["patch_embed"]), ({"pos_embed_type": None}, ["patch_embed"]), ({}, [])):
+        calls.clear()
+        compared(diffusers_patch_embed(height=16, width=16, patch_size=4, embed_dim=20, **options), (torch.randn(2, 3, 8, 20),))
+        assert calls == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_diffusers_half(diffusers_patch_embed, calls, dtype):
+    module, x = diffusers_patch_embed(height=16, width=16, patch_size=4, embed_dim=20).to(dtype), torch.randn(2, 3, 16, 16).to(dtype)
+    exact, plain = copy.deepcopy(module).double()(x.double()), module(x)
+    fastdiff.accelerate(module, show=False)
+    fast = module(x)
+    assert fast.dtype == dtype and calls
+    assert (fast - exact).abs().max() <= 2 * (plain - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_patch_embeddings_compile_whole(timm_patch_embed, diffusers_patch_embed):
+    for module in (timm_patch_embed(img_size=16, patch_size=4, embed_dim=20), diffusers_patch_embed(16, 16, 4, 3, 20),
+                   diffusers_patch_embed(8, 8, 4, 3, 20, pos_embed_max_size=6)):
+        x = torch.randn(2, 3, 16, 16)
+        plain = module(x)
+        fastdiff.accelerate(module, show=False)
+        torch.testing.assert_close(torch.compile(module, backend="eager", fullgraph=True)(x), plain)
+    torch.compiler.reset()
+
+
+def stem(rin_pytorch, *modules):
+    """A Sequential of modules, those given as text being Rearranges with patch (2, 4)."""
+    rearrange = rin_pytorch.rin_pytorch.Rearrange
+    return torch.nn.Sequential(*(rearrange(m[0], **m[1]) if isinstance(m, tuple) else m for m in modules))
+
+
+P = dict(p=2, q=4)
+STEMS = {
+    "cpq": ((("b c (h p) (w q) -> b (h w) (c p q)", P), torch.nn.Linear(24, 10)), (2, 3, 6, 8), ["patch_embed"]),
+    "pqc": ((("b c (h p) (w q) -> b (h w) (p q c)", P), torch.nn.Linear(24, 10, False), torch.nn.SiLU()), (2, 3, 6, 8), ["patch_embed"]),
+    "norm": ((("b c (h p) (w q) -> b (h w) (p q c)", P), torch.nn.LayerNorm(24), torch.nn.Linear(24, 10)), (2, 3, 6, 8), ["patchify"]),
+    "video": ((("b c (t f) (h p) (w q) -> b (t h w) (c f p q)", P | dict(f=2)), torch.nn.Linear(48, 10)), (2, 3, 4, 6, 8), ["patch_embed"]),
+    "sound": ((("b c (n p) -> b n (p c)", dict(p=4)), torch.nn.Linear(8, 10)), (2, 2, 12), ["patch_embed"]),
+    "out": ((torch.nn.Linear(10, 24), ("b (h w) (p q c) -> b c (h p) (w q)", P | dict(h=3))), (2, 6, 10), ["unpatch_project"]),
+    "out of two": ((torch.nn.Linear(10, 24), ("b (h w) (c p q) -> b c (h p) (w q)", P | dict(h=3, w=2))), (2, 6, 10), ["unpatch_project"]),
+    "out alone": ((torch.nn.SiLU(), ("b (h w) (p q c) -> b c (h p) (w q)", P | dict(w=2))), (2, 6, 24), ["unpatchify"]),
+    "there and back": ((("b c (h p) (w q) -> b (h w) (p q c)", P), torch.nn.Linear(24, 10), torch.nn.Linear(10, 24),
+                        ("b (h w) (p q c) -> b c (h p) (w q)", P | dict(h=3))), (2, 3, 6, 8), ["patch_embed", "unpatch_project"]),
+}
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_stems(rin_pytorch, calls, name):
+    modules, shape, expected = STEMS[name]
+    compared(stem(rin_pytorch, *modules), (torch.randn(shape),))
+    assert calls == expected
+
+
+def test_stems_that_are_none(rin_pytorch, calls):
+    """Other rearrangements have no rule, and images or calls a rearrangement would refuse are refused as before."""
+    for pattern, lengths in (("b c (h p) (w q) -> b (w h) (p q c)", P), ("b c (p h) (q w) -> b (h w) (p q c)", P),
+                             ("b c (h p) (w q) -> b (h w) (p c q)", P), ("b c (h p) (w q) -> b (h w) (p q c)", dict(h=3, w=2)),
+                             ("... -> ... 1", {}), ("b d -> b 1 d", {}), ("b c (h p) (w 1) -> b (h w) (p 1 c)", dict(p=2)),
+                             ("b c (h p) (w q) -> b (h w) (p q c)", P | dict(c=3))):
+        report = fastdiff.accelerate(stem(rin_pytorch, (pattern, lengths), torch.nn.Linear(24, 10)), show=False)
+        assert not report.replaced and not [row for row in report.kept if "Sequential" in row.kind], pattern
+    subclass = type("Stem", (torch.nn.Sequential,), {})(*stem(rin_pytorch, *STEMS["cpq"][0]))
+    assert "a subclass of" in fastdiff.accelerate(subclass, show=False).kept[0].reason
+    model = stem(rin_pytorch, ("b c (h p) (w q) -> b (h w) (p q c)", P | dict(h=3)), torch.nn.Linear(24, 10))
+    fastdiff.accelerate(model, show=False)
+    for shape in ((2, 3, 7, 8), (2, 3, 8, 8), (3, 6, 8)):
+        with pytest.raises(Exception, match=r"ismatch|divide|3"):
+            model(torch.randn(shape))
+    assert not calls
+    handle = model[1].register_forward_hook(lambda m, inputs, out: 2 * out)
+    doubled = model(torch.randn(2, 3, 6, 8))
+    handle.remove()
+    assert calls == ["patchify"] and doubled.shape == (2, 6, 10)
+    assert torch.equal(model[:1](torch.ones(2, 3, 6, 8)), torch.ones(2, 6, 24))
+
+
+def test_a_stem_compiles_whole(rin_pytorch):
+    model, x = stem(rin_pytorch, *STEMS["there and back"][0]), torch.randn(2, 3, 6, 8)
+    plain = model(x)
+    fastdiff.accelerate(model, show=False)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), plain)
+
+
+def test_rin_without_patch_norms(rin_pytorch, calls):
+    model = rin_pytorch.RIN(dim=32, image_size=16, patch_size=4, depth=1, latent_self_attn_depth=1, num_latents=8, heads=2, dim_head=16,
+                            dual_patchnorm=False)
+    compared(model, (torch.randn(2, 3, 16, 16), torch.rand(2)))
+    assert calls == ["patch_embed", "unpatch_project"]
+
+
 def masks(*shape):
     """Half of the keys hidden; and one sample without any key."""
     half = torch.rand(shape) < 0.5
