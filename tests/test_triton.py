@@ -20,8 +20,8 @@ from fastdiff.core.jit import INTERPRET, power_of_two
 from fastdiff.testing import Example, properties, subjects
 
 triton = pytest.importorskip("triton")
-ATTENTION, GRID, CROSS = (importlib.import_module(f"fastdiff.ops.{name}.triton")
-                          for name in ("attention", "fourier_cross_attend", "cross_attend"))
+ATTENTION, GRID, CROSS, DCT = (importlib.import_module(f"fastdiff.ops.{name}.triton")
+                               for name in ("attention", "fourier_cross_attend", "cross_attend", "dct"))
 interpreter = pytest.mark.skipif(not INTERPRET, reason="runs in the process of test_interpreter")
 compiler = pytest.mark.skipif(bool(INTERPRET), reason="the interpreter compiles nothing")
 
@@ -108,7 +108,7 @@ def test_plans():
 
 
 @interpreter
-@pytest.mark.parametrize("name", ["patchify", "unpatchify"])
+@pytest.mark.parametrize("name", ["patchify", "unpatchify", "space_to_depth", "depth_to_space"])
 @pytest.mark.parametrize("grid", [(3, 5), (1, 1), (0, 2), (7,), (32,), (2, 3, 4), (1, 31, 2), (11, 13)])
 @pytest.mark.parametrize("order", ["pqc", "cpq"])
 def test_patches(name, grid, order):
@@ -230,6 +230,38 @@ def test_linear(sizes, dtype, layout):
         properties.gradients(SUBJECTS["linear"], _example("linear", dtype, strides, **dict(zip("MNK", sizes, strict=True))))
 
 
+EMBEDDED = [dict(B=2, C=3, D=70, patch=(8, 8), grid=(3, 5)), dict(B=1, C=5, D=130, patch=(1, 3), grid=(4, 33), biased=False),
+            dict(B=2, C=2, D=5, patch=(2, 2), grid=(2, 3, 4), order="cpq"), dict(B=2, C=1, D=0, patch=(5, 4), grid=(7,))]
+
+
+@interpreter
+@pytest.mark.parametrize(("dtype", "layout"), DRESSED)
+@pytest.mark.parametrize("dims", EMBEDDED)
+def test_embed(dims, dtype, layout):
+    for name in ("patch_embed", "unpatch_project"):
+        properties.gradients(SUBJECTS[name], _example(name, dtype, layout, **dims))
+
+
+# A plane that one program holds, one of two launch rows, and one that goes axis by axis; odd lengths have a middle.
+PLANES = [(2, 2, 17, 32), (1, 2, 33, 64), (1, 1, 65, 66), (2, 1, 3, 131), (1, 1, 0, 5)]
+
+
+@interpreter
+@pytest.mark.parametrize("sizes", PLANES)
+@pytest.mark.parametrize(("name", "options"), [("dct", {}), ("idct", {"dims": 1}), ("frequency_gain", {"gain": "sample"}),
+                                               ("blur_denoise", {"gain": "all"}), ("blur_diffuse", {"floor": 0.25})])
+def test_frequencies(name, options, sizes):
+    for dtype, layout in DRESSED[:2]:
+        properties.values(SUBJECTS[name], _example(name, dtype, layout, **dict(zip("BChw", sizes, strict=True)), **options))
+
+
+@interpreter
+def test_frequencies_are_refused():
+    """A length beyond the kernels' goes to the reference."""
+    x = torch.empty(1, DCT.LARGEST + 1)
+    assert "at most" in REGISTRY["dct"].backends[0].why_not((x, 1, False)) and not REGISTRY["dct"].backends[0].why_not((x.T, 1, False))
+
+
 # Compiled
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program can have, by architecture
@@ -323,6 +355,20 @@ def _calls(dtype):
     for order in ("pqc", "cpq"):
         yield REGISTRY["patchify"], (made(2, 3, 64, 64), [8, 8], order)
         yield REGISTRY["unpatchify"], (made(2, 64, 192), [8, 8], [8, 8], order)
+    yield REGISTRY["space_to_depth"], (made(2, 3, 64, 64), [8, 8], "pqc")
+    yield REGISTRY["depth_to_space"], (made(2, 192, 8, 8), [8, 8], "cpq")
+    for C, patch, D, every in ((4, 2, 1152, True), (3, 8, 512, True), (3, 5, 261, False))[:3 if dtype.itemsize == 2 else 2]:
+        K, image = C * patch * patch, (2, C, 16 * patch, 16 * patch)
+        bias, position = (made(D), made(256, D)) if every else (None, None)
+        yield REGISTRY["patch_embed"], (made(*image), made(D, K), bias, position, [patch] * 2)
+        yield REGISTRY["unpatch_project"], (made(2, 256, D), made(K, D), made(K) if every else None, [patch] * 2, [16, 16])
+    if dtype == torch.float32:
+        yield REGISTRY["dct"], (made(2, 3, DCT.PLANE, DCT.PLANE), 2, False)
+        for h, w in ((28, 32), (DCT.PLANE, DCT.PLANE), (100, 217)):
+            x, gain, scalar = made(2, 3, h, w), made(2, 1, h, w), made(2)
+            yield REGISTRY["frequency_mix"], (x, gain, x, gain, x, gain, 2)
+            if w > 32:
+                yield REGISTRY["separable_gain"], (x, made(2, h), made(2, w), scalar, x, scalar)
 
 
 def _compile(job, architecture):

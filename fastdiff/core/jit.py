@@ -66,8 +66,8 @@ def aligned(x):
 
 
 @jit
-def dot(a, b, acc):
-    """acc + a b, accumulated in fp32; fp32 operands are not rounded to tf32.
+def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+    """acc + a b, accumulated in fp32; fp32 operands are not rounded to tf32, but may be split into two of them (PRECISION "tf32x3").
 
     Kernels count on one order of addition whatever the tile's shape. The interpreter's has none (and no bf16): there the product is
     computed in fp64 and rounded.
@@ -75,7 +75,7 @@ def dot(a, b, acc):
     if INTERPRET:
         return acc + tl.dot(a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64)).to(tl.float32)
     else:
-        return tl.dot(a, b, acc, input_precision="ieee")
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @jit

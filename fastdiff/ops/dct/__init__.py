@@ -8,7 +8,7 @@ from ...core.backend import cpu
 from ...core.check import dims as check_dims
 from ...core.check import fail, tensor
 from ...core.contract import contract
-from . import reference
+from . import reference, triton
 
 
 def _like(x):
@@ -16,14 +16,15 @@ def _like(x):
 
 
 DCT = contract("dct(Tensor x, int dims, bool inverse) -> Tensor", outputs=lambda x, *_: _like(x), reference=reference.dct,
-               backends=(cpu("dct"),), module=__name__)
+               backends=(triton.DCT, cpu("dct")), module=__name__)
 # IDCT(gain DCT(x) + gain_eps DCT(eps) + gain_noise noise); gains in float32 (float64 beside float64), broadcast to x, whole along its axes.
 MIX = contract("frequency_mix(Tensor x, Tensor gain, Tensor? eps, Tensor? gain_eps, Tensor? noise, Tensor? gain_noise, int dims) -> Tensor",
-               outputs=lambda x, *_: _like(x), reference=reference.frequency_mix, backends=(cpu("frequency_mix"),), module=__name__)
+               outputs=lambda x, *_: _like(x), reference=reference.frequency_mix, backends=(triton.MIX, cpu("frequency_mix")),
+               module=__name__)
 # IDCT((rows columns^T + base) DCT(x)) + sigma noise, per sample; rows (B, h), columns (B, w), base and sigma (B,) as the gains above.
 SEPARABLE = contract("separable_gain(Tensor x, Tensor rows, Tensor columns, Tensor base, Tensor? noise, Tensor? sigma) -> Tensor",
-                     outputs=lambda x, *_: _like(x), reference=reference.separable_gain, backends=(cpu("separable_gain"),),
-                     module=__name__)
+                     outputs=lambda x, *_: _like(x), reference=reference.separable_gain,
+                     backends=(triton.SEPARABLE, cpu("separable_gain")), module=__name__)
 
 
 def _wide(x):

@@ -9,7 +9,7 @@ from ...core.check import dims, fail, integers, option, tensor
 from ...core.contract import contract
 from ..linear import linear
 from ..patchify import patchify
-from . import reference
+from . import reference, triton
 
 _LAYOUTS = {1: "B C w", 2: "B C h w", 3: "B C t h w"}
 _ORDERS = ("pqc", "cpq")
@@ -46,10 +46,12 @@ def _project_outputs(tokens, weight, bias, patch, grid):
 # Both know one order of a patch's elements, (channel, axes of space): whole runs of pixels. Another order is another order of the weight.
 PATCH_EMBED = contract("patch_embed(Tensor x, Tensor weight, Tensor? bias, Tensor? position, SymInt[] patch) -> Tensor",
                        outputs=_embed_outputs, reference=reference.patch_embed, module=__name__, autocast=True,
-                       backends=(cpu("patch_embed", plan=lambda *_: "tokens by blocks, their patches gathered, times packed weights"),))
+                       backends=(triton.PATCH_EMBED,
+                                 cpu("patch_embed", plan=lambda *_: "tokens by blocks, their patches gathered, times packed weights")))
 UNPATCH_PROJECT = contract("unpatch_project(Tensor tokens, Tensor weight, Tensor? bias, SymInt[] patch, SymInt[] grid) -> Tensor",
                            outputs=_project_outputs, reference=reference.unpatch_project, module=__name__, autocast=True,
-                           backends=(cpu("unpatch_project", plan=lambda *_: "tokens by blocks, times packed weights, scattered"),))
+                           backends=(triton.UNPATCH_PROJECT,
+                                     cpu("unpatch_project", plan=lambda *_: "tokens by blocks, times packed weights, scattered")))
 
 
 def _weight_gradient(tokens, image, patch):

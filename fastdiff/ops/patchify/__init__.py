@@ -53,9 +53,9 @@ UNPATCHIFY = contract("unpatchify(Tensor tokens, SymInt[] patch, SymInt[] grid, 
                       reference=reference.unpatchify, backends=(cuda("unpatchify"), triton.UNPATCHIFY, cpu("unpatchify")),
                       module=__name__, entries=("unpatchify_eager",))
 SPACE_TO_DEPTH = contract("space_to_depth(Tensor x, SymInt[] patch, str order) -> Tensor", outputs=_space_to_depth_outputs,
-                          reference=reference.space_to_depth, backends=(cpu("space_to_depth"),), module=__name__)
+                          reference=reference.space_to_depth, backends=(triton.SPACE_TO_DEPTH, cpu("space_to_depth")), module=__name__)
 DEPTH_TO_SPACE = contract("depth_to_space(Tensor x, SymInt[] patch, str order) -> Tensor", outputs=_depth_to_space_outputs,
-                          reference=reference.depth_to_space, backends=(cpu("depth_to_space"),), module=__name__)
+                          reference=reference.depth_to_space, backends=(triton.DEPTH_TO_SPACE, cpu("depth_to_space")), module=__name__)
 
 
 def _save_grid(ctx, args, outs):

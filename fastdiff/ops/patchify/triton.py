@@ -1,4 +1,4 @@
-"""Patchify and unpatchify: one gather each, over the elements of the result in the order they lie in memory."""
+"""Images to patches and back: patchify in the order of its tokens, the others in the order of the image."""
 
 from math import prod
 
@@ -40,12 +40,12 @@ def _patchify(x_ptr, y_ptr, G0, G1, G2, x_strides, C: tl.constexpr, P0: tl.const
 
 
 @jit
-def _unpatchify(x_ptr, y_ptr, G0, G1, G2, x_strides, C: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-                CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """y[b, c, g0 P0 + p0, g1 P1 + p1, g2 P2 + p2] = x[b, (g0 g1 g2), token element].
+def _by_image(image_ptr, patches_ptr, G0, G1, G2, image_strides, patches_strides, C: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+              P2: tl.constexpr, CHANNELS_LAST: tl.constexpr, TO_PATCHES: tl.constexpr, BLOCK: tl.constexpr):
+    """image[b, c, g0 P0 + p0, g1 P1 + p1, g2 P2 + p2] = patches[b, patch element, g0, g1, g2], or the other way round if TO_PATCHES.
 
     grid    B cdiv(elements of a sample, BLOCK), blocks innermost
-    layout  x (B, G0 G1 G2, P0 P1 P2 C), any strides, its token elements (p0 p1 p2 c) if CHANNELS_LAST, else (c p0 p1 p2); y contiguous
+    layout  image (B, C, G0 P0, G1 P1, G2 P2), patches (B, P0 P1 P2 C, G0, G1, G2), any strides; patch elements as in `_patchify`
     math    none: elements are moved
     needs   fewer than 2^31 elements in a sample
     """
@@ -53,41 +53,57 @@ def _unpatchify(x_ptr, y_ptr, G0, G1, G2, x_strides, C: tl.constexpr, P0: tl.con
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(size, BLOCK)
     i_b = pid // blocks
-    o_y = (pid % blocks * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
-    s2, rest = o_y % (G2 * P2), o_y // (G2 * P2)
+    o = (pid % blocks * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
+    s2, rest = o % (G2 * P2), o // (G2 * P2)
     s1, rest = rest % (G1 * P1), rest // (G1 * P1)
     s0, c = rest % (G0 * P0), rest // (G0 * P0)
-    token = (s0 // P0 * G1 + s1 // P1) * G2 + s2 // P2
     if CHANNELS_LAST:
         element = ((s0 % P0 * P1 + s1 % P1) * P2 + s2 % P2) * C + c
     else:
         element = ((c * P0 + s0 % P0) * P1 + s1 % P1) * P2 + s2 % P2
-    o_x = i_b * x_strides[0] + token.to(tl.int64) * x_strides[1] + element.to(tl.int64) * x_strides[2]
-    m_y = o_y < size
-    tl.store(y_ptr + i_b * size + o_y, tl.load(x_ptr + o_x, mask=m_y), mask=m_y)
+    image_ptr += (i_b * image_strides[0] + c.to(tl.int64) * image_strides[1] + s0.to(tl.int64) * image_strides[2]
+                  + s1.to(tl.int64) * image_strides[3] + s2.to(tl.int64) * image_strides[4])
+    patches_ptr += (i_b * patches_strides[0] + element.to(tl.int64) * patches_strides[1] + (s0 // P0).to(tl.int64) * patches_strides[2]
+                    + (s1 // P1).to(tl.int64) * patches_strides[3] + (s2 // P2).to(tl.int64) * patches_strides[4])
+    if TO_PATCHES:
+        tl.store(patches_ptr, tl.load(image_ptr, mask=o < size), mask=o < size)
+    else:
+        tl.store(image_ptr, tl.load(patches_ptr, mask=o < size), mask=o < size)
 
 
-def _launch(kernel, x, y, strides, grid, patch, C, order):
-    """Space of fewer than three axes is padded in front with axes of size 1."""
-    if not y.numel():
+def _launch(kernel, first, second, grid, strides, C, patch, order, *flags):
+    """Space of fewer than three axes is padded in front with axes of size 1. strides: those of an image, or of an image of patches."""
+    if not first.numel():
         return
     pad = (1,) * (3 - len(grid))
-    blocks = cdiv(y[0].numel(), LAUNCH["BLOCK"])
-    kernel[(y.shape[0] * blocks,)](x, y, *pad, *grid, strides, C, *pad, *patch, order == "pqc", **LAUNCH, **OPTIONS)
+    strides = ((*s[:2], *(0,) * (5 - len(s)), *s[2:]) for s in strides)
+    blocks = cdiv(first[0].numel(), LAUNCH["BLOCK"])
+    kernel[(first.shape[0] * blocks,)](first, second, *pad, *grid, *strides, C, *pad, *patch, order == "pqc", *flags, **LAUNCH, **OPTIONS)
 
 
 def _run_patchify(args, outs):
     x, patch, order = args
-    (y,) = outs
-    grid = [size // p for size, p in zip(x.shape[2:], patch, strict=True)]
-    strides = (*x.stride()[:2], *(0,) * (5 - x.dim()), *x.stride()[2:])
-    _launch(_patchify, x, y, strides, grid, patch, x.shape[1], order)
+    _launch(_patchify, x, outs[0], [size // p for size, p in zip(x.shape[2:], patch, strict=True)], (x.stride(),), x.shape[1], patch, order)
 
 
 def _run_unpatchify(args, outs):
     tokens, patch, grid, order = args
     (y,) = outs
-    _launch(_unpatchify, tokens, y, tokens.stride(), grid, patch, y.shape[1], order)
+    b, n, d = tokens.stride()
+    strides = (b, d, *(n * prod(grid[i + 1:]) for i in range(len(grid))))
+    _launch(_by_image, y, tokens, grid, (y.stride(), strides), y.shape[1], patch, order, False)
+
+
+def _run_space_to_depth(args, outs):
+    x, patch, order = args
+    (y,) = outs
+    _launch(_by_image, x, y, y.shape[2:], (x.stride(), y.stride()), x.shape[1], patch, order, True)
+
+
+def _run_depth_to_space(args, outs):
+    x, patch, order = args
+    (y,) = outs
+    _launch(_by_image, y, x, x.shape[2:], (y.stride(), x.stride()), y.shape[1], patch, order, False)
 
 
 def _refuse(x, *_):
@@ -97,3 +113,5 @@ def _refuse(x, *_):
 
 PATCHIFY = triton(_run_patchify, refuse=_refuse, plan=lambda *_: "one gather in the order of the tokens")
 UNPATCHIFY = triton(_run_unpatchify, refuse=_refuse, plan=lambda *_: "one gather in the order of the image")
+SPACE_TO_DEPTH = triton(_run_space_to_depth, refuse=_refuse, plan=lambda *_: "one scatter in the order of the image")
+DEPTH_TO_SPACE = triton(_run_depth_to_space, refuse=_refuse, plan=lambda *_: "one gather in the order of the image")
