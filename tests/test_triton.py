@@ -243,7 +243,7 @@ def test_embed(dims, dtype, layout):
 
 
 # A plane that one program holds, one of two launch rows, and one that goes axis by axis; odd lengths have a middle.
-PLANES = [(2, 2, 17, 32), (1, 2, 33, 64), (1, 1, 65, 66), (2, 1, 3, 131), (1, 1, 0, 5)]
+PLANES = [(2, 1, 17, 32), (1, 1, 33, 64), (1, 1, 65, 66), (2, 1, 3, 131), (1, 1, 0, 5)]
 
 
 @interpreter
@@ -251,8 +251,8 @@ PLANES = [(2, 2, 17, 32), (1, 2, 33, 64), (1, 1, 65, 66), (2, 1, 3, 131), (1, 1,
 @pytest.mark.parametrize(("name", "options"), [("dct", {}), ("idct", {"dims": 1}), ("frequency_gain", {"gain": "sample"}),
                                                ("blur_denoise", {"gain": "all"}), ("blur_diffuse", {"floor": 0.25})])
 def test_frequencies(name, options, sizes):
-    for dtype, layout in DRESSED[:2]:
-        properties.values(SUBJECTS[name], _example(name, dtype, layout, **dict(zip("BChw", sizes, strict=True)), **options))
+    dtype, layout = DRESSED[sizes[3] % 2]
+    properties.values(SUBJECTS[name], _example(name, dtype, layout, **dict(zip("BChw", sizes, strict=True)), **options))
 
 
 @interpreter
