@@ -16,7 +16,6 @@ LAUNCH = {
             (0, None, dict(BLOCK_M=64, BLOCK_D=32, BLOCK_K=32, num_warps=8, num_stages=2)))},
     "unpatch_project": {
         2: ((0, 16, dict(BLOCK_M=64, BLOCK_D=64, BLOCK_K=16, num_warps=4, num_stages=3)),
-            (0, 32, dict(BLOCK_M=64, BLOCK_D=64, BLOCK_K=32, num_warps=4, num_stages=3)),
             (0, None, dict(BLOCK_M=64, BLOCK_D=64, BLOCK_K=64, num_warps=8, num_stages=3))),
         4: ((0, 16, dict(BLOCK_M=64, BLOCK_D=32, BLOCK_K=16, num_warps=4, num_stages=2)),
             (0, None, dict(BLOCK_M=64, BLOCK_D=32, BLOCK_K=32, num_warps=8, num_stages=2)))},
