@@ -154,7 +154,7 @@ def _plain_rin(size, latents, layers):
 
 
 def _our_rin(size, latents, layers):
-    return _random(RIN((size, size), patch=8, dim=512, latents=latents, latent_dim=768, layers=(layers,), heads=16, latent_heads=16)), None
+    return RIN((size, size), patch=8, dim=512, latents=latents, latent_dim=768, layers=(layers,), heads=16, latent_heads=16), None
 
 
 MODELS = {
@@ -210,7 +210,7 @@ def measure(name, pass_, threads, budget, notes):
     if case.op == "models":
         checked = 2  # the output and the first input's gradient
         inputs[0].requires_grad_(pass_ == "both")
-        fast.train(pass_ == "both")
+        (fast if case.alike else _random(fast)).train(pass_ == "both")
     with torch.no_grad():
         weights = torch.randn_like(_first(model(*inputs)))
     modules = {"eager": model, "compile": torch.compile(model, **COMPILE), "accelerated": fast,
