@@ -1,4 +1,5 @@
-"""Whole models of other packages, with random weights: as they are, compiled, accelerated, and both; forward, and forward with backward.
+"""Whole models with random weights, forward, and forward with backward: other packages' as they are, compiled, accelerated, and both; and
+those of fastdiff.models, plain and compiled, beside other packages' of the same weights or sizes.
 
 A patched U-Net is not accelerated but built around nn.PatchedUNet.
 
@@ -17,11 +18,13 @@ from pathlib import Path
 
 import torch
 
+from fastdiff import use_backend
 from fastdiff.accelerate import accelerate
 from fastdiff.accelerate.measure import difference
 from fastdiff.bench import memory, report, suite, timer
 from fastdiff.demo import define_torchvision_operators
 from fastdiff.info import versions
+from fastdiff.models import RIN, Perceiver, PerceiverIO
 from fastdiff.nn import PatchedUNet
 
 COMPILE = dict(dynamic=False)  # options of torch.compile
@@ -37,7 +40,9 @@ def _accelerated(model):
 class Model:
     """package: the distribution it comes from. build() -> (module, its positional inputs). shape: its sizes, for the record.
 
-    fast(module) -> (a faster one with weights of its own, the report of accelerate or None), by what op names.
+    fast(module) -> (a faster one with weights of its own, the report of accelerate or None), by what op names: "models", one of
+    fastdiff.models, whose parameters are others. alike: it computes the same; otherwise it has the same sizes, and is held to its own
+    reference.
     """
 
     package: str
@@ -45,6 +50,7 @@ class Model:
     shape: dict
     fast: Callable = _accelerated
     op: str = "accelerate"
+    alike: bool = True
 
 
 def _perceiver():
@@ -115,11 +121,55 @@ def _patched_unet(patch, image=64):
                  fast=lambda model: (PatchedUNet(copy.deepcopy(model.unet), model.patch), None), op="PatchedUNet")
 
 
+class _ChannelsFirst(torch.nn.Module):
+    """perceiver-pytorch's Perceiver, of images (B, channels, h, w)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image):
+        return self.model(image.movedim(1, -1))
+
+
+def _channels_first():
+    model, (image,) = _perceiver()
+    return _ChannelsFirst(model), (image.movedim(-1, 1).contiguous(),)
+
+
+def _our_perceiver_io(module):
+    """Of its one query, as the other's."""
+    return torch.nn.Sequential(PerceiverIO.from_transformers(module), torch.nn.Flatten(0, 1)).train(module.training), None
+
+
+def _plain_rin(size, latents, layers):
+    """rin-pytorch's, as near to the paper as its options go. It has one head width; ours are 32 of reads and writes, which are most of
+    the work from many patches, and 48 of the latents' layers, which are most of it elsewhere."""
+    define_torchvision_operators()
+    from rin_pytorch import RIN as Other
+
+    model = Other(dim=512, image_size=size, patch_size=8, depth=1, latent_self_attn_depth=layers, dim_latent=768, num_latents=latents - 1,
+                  heads=16, dim_head=32 if size > 256 else 48, latent_token_time_cond=True, dual_patchnorm=False, patches_self_attn=False)
+    return model, (torch.randn(1, 3, size, size), torch.rand(1))
+
+
+def _our_rin(size, latents, layers):
+    return RIN((size, size), patch=8, dim=512, latents=latents, latent_dim=768, layers=(layers,), heads=16, latent_heads=16), None
+
+
 MODELS = {
     "perceiver": Model("perceiver-pytorch", _perceiver, dict(pixels=224 * 224, bands=64, latents=512, width=1024, layers=2)),
     "perceiver-io": Model("transformers", _perceiver_io, dict(pixels=224 * 224, bands=64, latents=512, width=1024, blocks=2)),
     "rin-1024": Model("rin-pytorch", _rin, dict(image=1024, patch=8, dim=512, latents=256, width=768, heads=16, blocks=1)),
     **{f"patched-unet-{patch}": _patched_unet(patch) for patch in (1, 2, 4)},
+    "perceiver, ours": Model("perceiver-pytorch", _channels_first, dict(pixels=224 * 224, bands=64, latents=512, width=1024, layers=2),
+                             lambda module: (Perceiver.from_perceiver_pytorch(module.model), None), "models"),
+    "perceiver-io, ours": Model("transformers", _perceiver_io, dict(pixels=224 * 224, bands=64, latents=512, width=1024, blocks=2),
+                                _our_perceiver_io, "models"),
+    **{f"rin-{size}, ours": Model("rin-pytorch", lambda args=(size, latents, layers): _plain_rin(*args),
+                                  dict(image=size, patch=8, dim=512, latents=latents, width=768, heads=16, blocks=1, layers=layers),
+                                  lambda _, args=(size, latents, layers): _our_rin(*args), "models", alike=False)
+       for size, latents, layers in ((64, 128, 4), (128, 128, 4), (256, 256, 4), (1024, 256, 2))},
 }
 
 
@@ -133,13 +183,15 @@ def _random(model):
 
 
 def _step(model, inputs, weights, pass_):
-    """(output,), and after it every parameter's gradient of sum(weights * output) where pass_ is "both"."""
+    """(output,), and after it the gradients of sum(weights * output) where pass_ is "both": of the first input if it wants one, of all
+    parameters.
+    """
     if pass_ == "forward":
         with torch.no_grad():
             return (_first(model(*inputs)),)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    wanted = [x for x in (inputs[0], *model.parameters()) if x.requires_grad]
     out = _first(model(*inputs))
-    grads = torch.autograd.grad((out * weights).sum(), parameters, allow_unused=True)
+    grads = torch.autograd.grad((out * weights).sum(), wanted, allow_unused=True)
     return (out.detach(), *(g for g in grads if g is not None))
 
 
@@ -148,20 +200,27 @@ def _first(out):
 
 
 def measure(name, pass_, threads, budget, notes):
-    """The records of one model and pass at torch's present number of threads. Raises suite.Wrong where an accelerated result differs."""
+    """The records of one model and pass at torch's present number of threads. Raises suite.Wrong where a result of ours differs."""
     torch.manual_seed(0)
-    model, inputs = MODELS[name].build()
+    case = MODELS[name]
+    model, inputs = case.build()
     _random(model).train(pass_ == "both")
-    fast, swapped = MODELS[name].fast(model)
+    fast, swapped = case.fast(model)
+    checked = None
+    if case.op == "models":
+        checked = 2  # the output and the first input's gradient
+        inputs[0].requires_grad_(pass_ == "both")
+        (fast if case.alike else _random(fast)).train(pass_ == "both")
     with torch.no_grad():
         weights = torch.randn_like(_first(model(*inputs)))
     modules = {"eager": model, "compile": torch.compile(model, **COMPILE), "accelerated": fast,
                "accelerated, compiled": torch.compile(fast, **COMPILE)}
     runs = {run: lambda _, m=m: _step(m, inputs, weights, pass_) for run, m in modules.items()}
-    plain = runs["eager"](0)
-    for run in list(runs)[1:]:
+    with use_backend(None if case.alike else "reference"):
+        plain = runs["eager" if case.alike else "accelerated"](0)[:checked]
+    for run in list(runs)[1:] if case.alike else OURS:
         try:
-            suite.same(run, runs[run](0), plain, "float32")
+            suite.same(run, runs[run](0)[:checked], plain, "float32")
         except Exception as failure:  # a compiler may fail in any way: that is a note on the compiled runs
             if isinstance(failure, suite.Wrong) or run == "accelerated":
                 raise
@@ -169,19 +228,19 @@ def measure(name, pass_, threads, budget, notes):
             del runs[run]
     samples = timer.interleave(runs, budget)
     peers = {run: times for run, times in samples.items() if run not in OURS}
-    records, case = [], MODELS[name]
+    records = []
     for run, op in OURS.items():
         if run not in runs:
             continue
         times = timer.compare({"ours": samples[run], **peers})
         peak, after = memory.peak(lambda run=run: runs[run](0), "cpu")
-        suite.same(run, after, plain, "float32")
+        suite.same(run, after[:checked], plain, "float32")
         records.append({
             "op": op.format(case.op), "case": name, "dtype": "float32", "pass": pass_, "device": "cpu", "threads": threads,
             "backend": f"{len(swapped.replaced)} modules" if swapped else "ops", "shape": case.shape, **times, "floor_ms": None,
             "of_floor": None, "peak_bytes": peak,
             "peer_peak_bytes": memory.peak(lambda best=times["best_peer"]: runs[best](0), "cpu")[0],
-            "error": difference(plain, after)[1], "error_limit": suite.PEER_ERROR["float32"]})
+            "error": difference(plain, after[:checked])[1], "error_limit": suite.PEER_ERROR["float32"]})
     return records
 
 

@@ -119,3 +119,31 @@ def test_a_patched_unet(models):
         out = plain(x[:1, :, :32, :32], t[:1])
         torch.testing.assert_close(fast(x[:1, :, :32, :32], t[:1]), out)
     assert out.shape == (1, 3, 32, 32) and out.std() > 0
+
+
+def _rin(dim):
+    model = fastdiff.models.RIN((8, 8), patch=4, dim=dim, latents=4, latent_dim=16, layers=(1,), heads=2, latent_heads=2)
+    return model, (torch.randn(1, 3, 8, 8), torch.rand(1))
+
+
+def test_a_peer_of_the_same_sizes_alone(models, monkeypatch):
+    """Ours is held to its own reference, whatever the other computes."""
+    row = models.Model("torch", lambda: _rin(16), {}, lambda _: (_rin(24)[0], None), "models", alike=False)
+    monkeypatch.setattr(models, "MODELS", {"rin": row})
+    document, notes = models.run(["rin"], threads=[1], passes=["both"], quick=True, command="")
+    assert not notes and "failures" not in document
+    assert [(r["op"], set(r["peers_ms"])) for r in document["records"]] == [
+        (op, {"eager", "compile"}) for op in ("models", "models + compile")]
+    monkeypatch.setattr(fastdiff.models.rin.Block, "forward", lambda self, z, x, tokens: (z, torch.randn_like(x)))
+    document, _ = models.run(["rin"], threads=[1], passes=["forward"], quick=True, command="")
+    assert not document["records"] and "accelerated is off by" in document["failures"][0]["reason"]
+
+
+@pytest.mark.parametrize("name", ["perceiver, ours", "perceiver-io, ours", "rin-64, ours", "rin-1024, ours"])
+def test_our_models_have_the_sizes_of_the_others(models, rin_pytorch, transformers_perceiver, name):
+    row = models.REAL[name]
+    with torch.device("meta"):
+        theirs, _ = row.build()
+        mine, _ = row.fast(theirs)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (mine, theirs)]
+    assert sizes[0] == sizes[1] if row.alike else sizes[0] == pytest.approx(sizes[1], rel=0.3)
