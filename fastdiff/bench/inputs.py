@@ -13,10 +13,13 @@ def make(arguments, dtype, device, grad=False, seed=0):
     made = {}
     for name, spec in arguments.items():
         if isinstance(spec, Array):
-            x = (torch.randn(spec.shape, generator=generator) * spec.scale).to(device, getattr(torch, _wider(spec.dtype, dtype)))
+            x = torch.randn(spec.shape, generator=generator) * spec.scale
+            if spec.within:
+                x = spec.within[0] + (spec.within[1] - spec.within[0]) * torch.sigmoid(x)
+            x = x.to(device, getattr(torch, _wider(spec.dtype, dtype)))
             made[name] = x.requires_grad_(grad and spec.grad)
         elif isinstance(spec, Integers):
-            made[name] = torch.randint(spec.low, spec.high + 1, spec.shape, generator=generator).to(device)
+            made[name] = torch.randint(spec.low, spec.high + 1, spec.shape, generator=generator).to(device, getattr(torch, spec.dtype))
         else:
             made[name] = spec
     return made
