@@ -136,7 +136,7 @@ def reverse_twice(function, example, dtype=None):
     arguments = example.arguments(dtype)
     leaves = _leaves(example, arguments)
     outs = _tuple(function(**arguments))
-    cotangents = [dy.requires_grad_() for dy in example.cotangents(outs)]
+    cotangents = [dy.requires_grad_(dy.is_floating_point()) for dy in example.cotangents(outs)]
     pairs = [(y, dy) for y, dy in zip(outs, cotangents, strict=True) if y.requires_grad]
     if not pairs:
         return {}

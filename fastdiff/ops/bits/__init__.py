@@ -2,6 +2,7 @@
 
 import torch
 
+from ...core.backend import FLOATS, cpu
 from ...core.check import DTYPES, dims, fail, option, tensor
 from ...core.contract import contract
 from . import reference
@@ -37,10 +38,15 @@ def _from_bits_outputs(x, bits, order, dtype):
     return x.new_empty((x.shape[0], x.shape[1] // bits, *x.shape[2:]), dtype=dtype)
 
 
+def _refuse(x, bits, scale, order, dtype):
+    return None if dtype in FLOATS else f"makes float32, bfloat16 and float16, got {dtype}"
+
+
 TO_BITS = contract("to_bits(Tensor x, int bits, float scale, str order, ScalarType dtype) -> Tensor", outputs=_to_bits_outputs,
-                   values=_within, reference=reference.to_bits, backends=(), module=__name__)
+                   values=_within, reference=reference.to_bits, backends=(cpu("to_bits", dtypes=None, refuse=_refuse),), module=__name__,
+                   entries=("to_bits_eager",))
 FROM_BITS = contract("from_bits(Tensor x, int bits, str order, ScalarType dtype) -> Tensor", outputs=_from_bits_outputs,
-                     reference=reference.from_bits, backends=(), module=__name__)
+                     reference=reference.from_bits, backends=(cpu("from_bits"),), module=__name__, entries=("from_bits_eager",))
 
 
 def _mapped(made):
@@ -83,7 +89,9 @@ def to_bits(x, bits=8, *, scale=1.0, order="lsb", dtype=torch.float32):
         raise TypeError(f"{op}: scale wants a float, got {scale!r}")
     if dtype not in DTYPES:
         fail(op, f"dtype wants float32, bfloat16, float16 or float64, got {dtype!r}")
-    return TO_BITS(x, bits, scale, order, dtype)
+    args = (x, bits, scale, order, dtype)
+    y = TO_BITS.eager(args)
+    return TO_BITS(*args) if y is None else y
 
 
 def from_bits(x, bits=8, *, order="lsb", dtype=None):
@@ -103,4 +111,6 @@ def from_bits(x, bits=8, *, order="lsb", dtype=None):
         dtype = torch.uint8 if bits <= 8 else torch.int32 if bits <= 31 else torch.int64
     elif dtype not in _INTEGERS or torch.iinfo(dtype).max < 2**bits - 1:
         fail(op, f"dtype wants uint8, int32 or int64, and {bits} bits in it, got {dtype!r}")
-    return FROM_BITS(x, bits, order, dtype)
+    args = (x, bits, order, dtype)
+    y = FROM_BITS.eager(args)
+    return FROM_BITS(*args) if y is None else y

@@ -2,8 +2,6 @@
 
 from math import prod
 
-import torch
-
 from ...core.case import Array, Case, Dim, Integers, OneOf
 
 _SIZES = dict(B=Dim(0, 3), C=Dim(0, 4), h=Dim(0, 34), w=Dim(0, 34), form=OneOf("image", "row", "volume"), order=OneOf("lsb", "msb"))
@@ -18,10 +16,10 @@ def _space(h, w, form):
     return {"image": (h, w), "row": (w,), "volume": (2, h, w)}[form]
 
 
-def _to_bits(B, C, h, w, form, order, width, scale, dtype):
+def _to_bits(B, C, h, w, form, order, width, scale):
     bits, kind = width
     x = Integers((B, C, *_space(h, w, form)), 0, 2**bits - 1, dtype=kind, widths=("uint8", "int32", "int64"))
-    return dict(x=x, bits=bits, scale=scale, order=order, dtype=dtype)
+    return dict(x=x, bits=bits, scale=scale, order=order)
 
 
 def _from_bits(B, C, h, w, form, order, width):
@@ -30,8 +28,7 @@ def _from_bits(B, C, h, w, form, order, width):
 
 _BYTES = {"uint8": 1, "int32": 4, "int64": 8}
 CASES = {
-    "to_bits": Case(dims=_SIZES | dict(width=_WIDTHS, scale=OneOf(1.0, 0.5), dtype=OneOf(torch.float32, torch.bfloat16, torch.float16)),
-                    arguments=_to_bits, batched=("x",), bench=_BENCH,
-                    bytes=lambda size, x, bits, dtype, **_: prod(x.shape) * (_BYTES[x.dtype] + dtype.itemsize * bits)),
+    "to_bits": Case(dims=_SIZES | dict(width=_WIDTHS, scale=OneOf(1.0, 0.5)), arguments=_to_bits, batched=("x",), bench=_BENCH,
+                    bytes=lambda size, x, bits, **_: prod(x.shape) * (_BYTES[x.dtype] + 4 * bits)),
     "from_bits": Case(dims=_SIZES | dict(width=_WIDTHS), arguments=_from_bits, batched=("x",), bench=_BENCH,
                       bytes=lambda size, x, bits, **_: prod(x.shape) * size + prod(x.shape) // bits * (1 if bits <= 8 else 4))}

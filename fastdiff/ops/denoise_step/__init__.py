@@ -2,18 +2,21 @@
 
 import torch
 
+from ...core.backend import cpu
 from ...core.check import dims, fail, option, pair, tensor
 from ...core.contract import contract
 from . import reference
 
 _PREDICTIONS = ("eps", "x0", "v")
+_COEFFICIENTS = ("signal", "sigma", "to_x0", "to_eps", "to_noise")
 
 
 def _check(op, images, coefficients):
     """Refuses images unless alike in shape, coefficients unless (B,); returns an empty tensor like the first image."""
     (first, x), *_ = images.items()
-    if x.dim() < 1:
-        fail(op, f"{first} wants at least one dimension (B, ...), got none")
+    for name, image in images.items():
+        if image is not None and image.dim() != x.dim():
+            fail(op, f"{name} wants {x.dim()} dimensions as {first} has, got {image.dim()}: {tuple(image.shape)}")
     layout = " ".join(("B", *(f"axis{i}" for i in range(1, x.dim()))))
     dims(op, **{name: (image, layout) for name, image in images.items()})
     wanted = torch.float64 if x.dtype is torch.float64 else torch.float32
@@ -55,13 +58,13 @@ def _two_outputs(*args):
 _STEP = ("(Tensor x, Tensor pred, Tensor signal, Tensor sigma, Tensor to_x0, Tensor to_eps, Tensor? to_noise, Tensor? noise, Tensor? v, "
          "Tensor? log_ratio, str prediction, float? clip, bool rederive)")
 ADD_NOISE = contract("add_noise(Tensor x, Tensor noise, Tensor signal, Tensor sigma) -> Tensor", outputs=_add_noise_outputs,
-                     reference=reference.add_noise, backends=(), module=__name__)
+                     reference=reference.add_noise, backends=(cpu("add_noise"),), module=__name__, entries=("add_noise_eager",))
 GUIDE = contract("guide(Tensor cond, Tensor uncond, Tensor weight, float rescale) -> Tensor", outputs=_guide_outputs,
-                 reference=reference.guide, backends=(), module=__name__)
-STEP = contract(f"denoise_step{_STEP} -> Tensor", outputs=_step_outputs("denoise_step"), reference=reference.denoise_step, backends=(),
-                module=__name__)
+                 reference=reference.guide, backends=(cpu("guide"),), module=__name__, entries=("guide_eager",))
+STEP = contract(f"denoise_step{_STEP} -> Tensor", outputs=_step_outputs("denoise_step"), reference=reference.denoise_step,
+                backends=(cpu("denoise_step"),), module=__name__, entries=("denoise_step_eager",))
 STEP_WITH_X0 = contract(f"denoise_step_with_x0{_STEP} -> (Tensor, Tensor)", outputs=_two_outputs, reference=reference.denoise_step_with_x0,
-                        backends=(), module=__name__)
+                        backends=(cpu("denoise_step_with_x0"),), module=__name__, entries=("denoise_step_with_x0_eager",))
 
 
 def _fold(x, dim, mapped):
@@ -91,11 +94,13 @@ def _number(value):
     return isinstance(value, int | float | torch.SymFloat) and not isinstance(value, bool)
 
 
-def _per_sample(op, x, **coefficients):
+def _per_sample(op, first, x, coefficients):
     """The coefficients as tensors (B,): a number stands for all samples."""
+    if tensor(op, first, x).dim() < 1:
+        fail(op, f"{first} wants at least one dimension (B, ...), got none")
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    return [torch.full(x.shape[:1], c, dtype=wide, device=x.device) if _number(c) else c if c is None else tensor(op, name, c)
-            for name, c in coefficients.items()]
+    return tuple(torch.full(x.shape[:1], c, dtype=wide, device=x.device) if _number(c) else c if c is None else tensor(op, name, c)
+                 for name, c in coefficients.items())
 
 
 def add_noise(x, noise, signal, sigma):
@@ -109,8 +114,11 @@ def add_noise(x, noise, signal, sigma):
     Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
     Source   Ho et al. 2020, equation 4; Song et al. 2021, section 3
     """
-    op = "add_noise"
-    return ADD_NOISE(x, noise, *_per_sample(op, tensor(op, "x", x), signal=signal, sigma=sigma))
+    if type(signal) is not torch.Tensor or type(sigma) is not torch.Tensor:
+        signal, sigma = _per_sample("add_noise", "x", x, dict(signal=signal, sigma=sigma))
+    args = (x, noise, signal, sigma)
+    z = ADD_NOISE.eager(args)
+    return ADD_NOISE(*args) if z is None else z
 
 
 def guide(cond, uncond, weight, *, rescale=0.0):
@@ -129,10 +137,14 @@ def guide(cond, uncond, weight, *, rescale=0.0):
         raise TypeError(f"{op}: rescale wants a float, got {rescale!r}")
     if not 0 <= rescale <= 1:
         fail(op, f"rescale wants a value in [0, 1], got {rescale}")
-    return GUIDE(cond, uncond, *_per_sample(op, tensor(op, "cond", cond), weight=weight), rescale)
+    if type(weight) is not torch.Tensor:
+        (weight,) = _per_sample(op, "cond", cond, dict(weight=weight))
+    args = (cond, uncond, weight, rescale)
+    y = GUIDE.eager(args)
+    return GUIDE(*args) if y is None else y
 
 
-def _step_arguments(op, x, pred, signal, sigma, to_x0, to_eps, to_noise, prediction, clip, noise, variance, rederive):
+def _step_arguments(op, x, pred, coefficients, prediction, clip, noise, variance, rederive):
     option(op, "prediction", prediction, _PREDICTIONS)
     if not isinstance(rederive, bool):
         raise TypeError(f"{op}: rederive wants a bool, got {rederive!r}")
@@ -141,13 +153,20 @@ def _step_arguments(op, x, pred, signal, sigma, to_x0, to_eps, to_noise, predict
             raise TypeError(f"{op}: clip wants a float or None, got {clip!r}")
         if not clip > 0:
             fail(op, f"clip wants a value above 0, got {clip}")
-    if (noise is None) != (to_noise is None):
+    to_noise = coefficients[4]
+    if (noise is None) is not (to_noise is None):
         given, absent = ("to_noise", "noise") if noise is None else ("noise", "to_noise")
         fail(op, f"{given} wants {absent} beside it, got None")
-    if variance is not None and noise is None:
-        fail(op, "variance wants noise beside it, got None")
-    v, log_ratio = pair(op, "variance", variance, "(v, log_ratio)")
-    coefficients = _per_sample(op, tensor(op, "x", x), signal=signal, sigma=sigma, to_x0=to_x0, to_eps=to_eps, to_noise=to_noise)
+    if variance is None:
+        v = log_ratio = None
+    else:
+        if noise is None:
+            fail(op, "variance wants noise beside it, got None")
+        v, log_ratio = pair(op, "variance", variance, "(v, log_ratio)")
+    for c in coefficients:
+        if type(c) is not torch.Tensor:
+            coefficients = _per_sample(op, "x", x, dict(zip(_COEFFICIENTS, coefficients, strict=True)))
+            break
     return x, pred, *coefficients, noise, v, log_ratio, prediction, clip, rederive
 
 
@@ -176,8 +195,9 @@ def denoise_step(x, pred, signal, sigma, to_x0, to_eps, to_noise=None, *, predic
     Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
     Source   Ho et al. 2020; Song et al. 2021 (DDIM, score SDEs); Nichol & Dhariwal 2021, equation 15; Salimans & Ho 2022 (v)
     """
-    return STEP(*_step_arguments("denoise_step", x, pred, signal, sigma, to_x0, to_eps, to_noise, prediction, clip, noise, variance,
-                                 rederive))
+    args = _step_arguments("denoise_step", x, pred, (signal, sigma, to_x0, to_eps, to_noise), prediction, clip, noise, variance, rederive)
+    y = STEP.eager(args, optional=args[6:10])
+    return STEP(*args) if y is None else y
 
 
 def denoise_step_with_x0(x, pred, signal, sigma, to_x0, to_eps, to_noise=None, *, prediction="eps", clip=None, noise=None, variance=None,
@@ -190,5 +210,7 @@ def denoise_step_with_x0(x, pred, signal, sigma, to_x0, to_eps, to_noise=None, *
     Raises   as in `denoise_step`
     Source   Chen et al. 2023, section 3.2
     """
-    return STEP_WITH_X0(*_step_arguments("denoise_step_with_x0", x, pred, signal, sigma, to_x0, to_eps, to_noise, prediction, clip, noise,
-                                         variance, rederive))
+    args = _step_arguments("denoise_step_with_x0", x, pred, (signal, sigma, to_x0, to_eps, to_noise), prediction, clip, noise, variance,
+                           rederive)
+    both = STEP_WITH_X0.eager(args, optional=args[6:10])
+    return STEP_WITH_X0(*args) if both is None or both[0] is None else both

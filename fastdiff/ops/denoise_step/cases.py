@@ -31,7 +31,8 @@ def _guide(B, rescale, **sizes):
 
 def _denoise_step(B, prediction, clip, noise, rederive, **sizes):
     x, c, level = Array(_shape(B, **sizes)), _per_sample(B), _per_sample(B, 0.1, 1.0)
-    given = dict(x=x, pred=x, signal=level, sigma=level, to_x0=c, to_eps=c, prediction=prediction, clip=clip, rederive=rederive)
+    given = dict(x=x, pred=x, signal=level, sigma=level, to_x0=c, to_eps=c, prediction=prediction, clip=clip, rederive=rederive,
+                 variance_0=None, variance_1=None)
     if noise != "none":
         given |= dict(to_noise=c, noise=x)
     if noise == "learned":
@@ -55,5 +56,5 @@ CASES = {
                   flops=lambda cond, **_: 3 * prod(cond.shape), bytes=_images(lambda given: 3)),
     **{name: Case(dims=_SIZES | _STEP, arguments=_denoise_step, batched=_STEP_BATCHED, gather=("variance",), bench=_BENCH | _LEARNED,
                   flops=lambda x, **_: 8 * prod(x.shape),
-                  bytes=_images(lambda given, wrote=wrote: 2 + wrote + ("noise" in given) + ("variance_0" in given)))
+                  bytes=_images(lambda given, wrote=wrote: 2 + wrote + ("noise" in given) + (given["variance_0"] is not None)))
        for name, wrote in (("denoise_step", 1), ("denoise_step_with_x0", 2))}}
