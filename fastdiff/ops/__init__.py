@@ -1,7 +1,7 @@
 """The ops, one folder each; see CONTRIBUTING.md for adding one."""
 
+from .analog_bits import from_bits, to_bits
 from .attention import attention, attention_with_lse
-from .bits import from_bits, to_bits
 from .cross_attend import cross_attend
 from .dct import blur, blur_denoise, blur_diffuse, dct, frequency_gain, idct
 from .denoise_step import add_noise, denoise_step, denoise_step_with_x0, guide

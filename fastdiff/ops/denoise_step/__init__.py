@@ -5,7 +5,7 @@ import torch
 from ...core.backend import cpu
 from ...core.check import dims, fail, option, pair, tensor
 from ...core.contract import contract
-from . import reference
+from . import reference, triton
 
 _PREDICTIONS = ("eps", "x0", "v")
 _COEFFICIENTS = ("signal", "sigma", "to_x0", "to_eps", "to_noise")
@@ -58,13 +58,14 @@ def _two_outputs(*args):
 _STEP = ("(Tensor x, Tensor pred, Tensor signal, Tensor sigma, Tensor to_x0, Tensor to_eps, Tensor? to_noise, Tensor? noise, Tensor? v, "
          "Tensor? log_ratio, str prediction, float? clip, bool rederive)")
 ADD_NOISE = contract("add_noise(Tensor x, Tensor noise, Tensor signal, Tensor sigma) -> Tensor", outputs=_add_noise_outputs,
-                     reference=reference.add_noise, backends=(cpu("add_noise"),), module=__name__, entries=("add_noise_eager",))
+                     reference=reference.add_noise, module=__name__,
+                     backends=(triton.ADD_NOISE, cpu("add_noise")), entries=("add_noise_eager",))
 GUIDE = contract("guide(Tensor cond, Tensor uncond, Tensor weight, float rescale) -> Tensor", outputs=_guide_outputs,
-                 reference=reference.guide, backends=(cpu("guide"),), module=__name__, entries=("guide_eager",))
+                 reference=reference.guide, backends=(triton.GUIDE, cpu("guide")), module=__name__, entries=("guide_eager",))
 STEP = contract(f"denoise_step{_STEP} -> Tensor", outputs=_step_outputs("denoise_step"), reference=reference.denoise_step,
-                backends=(cpu("denoise_step"),), module=__name__, entries=("denoise_step_eager",))
+                backends=(triton.STEP, cpu("denoise_step")), module=__name__, entries=("denoise_step_eager",))
 STEP_WITH_X0 = contract(f"denoise_step_with_x0{_STEP} -> (Tensor, Tensor)", outputs=_two_outputs, reference=reference.denoise_step_with_x0,
-                        backends=(cpu("denoise_step_with_x0"),), module=__name__, entries=("denoise_step_with_x0_eager",))
+                        backends=(triton.STEP, cpu("denoise_step_with_x0")), module=__name__, entries=("denoise_step_with_x0_eager",))
 
 
 def _fold(x, dim, mapped):
@@ -146,10 +147,10 @@ def guide(cond, uncond, weight, *, rescale=0.0):
 
 def _step_arguments(op, x, pred, coefficients, prediction, clip, noise, variance, rederive):
     option(op, "prediction", prediction, _PREDICTIONS)
-    if not isinstance(rederive, bool):
+    if rederive is not True and rederive is not False:
         raise TypeError(f"{op}: rederive wants a bool, got {rederive!r}")
     if clip is not None:
-        if not _number(clip):
+        if type(clip) is not float and not _number(clip):
             raise TypeError(f"{op}: clip wants a float or None, got {clip!r}")
         if not clip > 0:
             fail(op, f"clip wants a value above 0, got {clip}")
@@ -164,7 +165,7 @@ def _step_arguments(op, x, pred, coefficients, prediction, clip, noise, variance
             fail(op, "variance wants noise beside it, got None")
         v, log_ratio = pair(op, "variance", variance, "(v, log_ratio)")
     for c in coefficients:
-        if type(c) is not torch.Tensor:
+        if type(c) is not torch.Tensor and c is not None:
             coefficients = _per_sample(op, "x", x, dict(zip(_COEFFICIENTS, coefficients, strict=True)))
             break
     return x, pred, *coefficients, noise, v, log_ratio, prediction, clip, rederive

@@ -1,4 +1,4 @@
-#include "ops/bits/op.h"
+#include "ops/analog_bits/op.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from ...core.backend import FLOATS, cpu
+from ...core.backend import cpu
 from ...core.check import DTYPES, dims, fail, option, tensor
 from ...core.contract import contract
-from . import reference
+from . import reference, triton
 
 _LAYOUTS = {3: "B C w", 4: "B C h w", 5: "B C t h w"}
 _ORDERS = ("lsb", "msb")
@@ -38,15 +38,12 @@ def _from_bits_outputs(x, bits, order, dtype):
     return x.new_empty((x.shape[0], x.shape[1] // bits, *x.shape[2:]), dtype=dtype)
 
 
-def _refuse(x, bits, scale, order, dtype):
-    return None if dtype in FLOATS else f"makes float32, bfloat16 and float16, got {dtype}"
-
-
 TO_BITS = contract("to_bits(Tensor x, int bits, float scale, str order, ScalarType dtype) -> Tensor", outputs=_to_bits_outputs,
-                   values=_within, reference=reference.to_bits, backends=(cpu("to_bits", dtypes=None, refuse=_refuse),), module=__name__,
-                   entries=("to_bits_eager",))
+                   values=_within, reference=reference.to_bits, module=__name__,
+                   backends=(triton.TO_BITS, cpu("to_bits", dtypes=None, refuse=triton.refuse)), entries=("to_bits_eager",))
 FROM_BITS = contract("from_bits(Tensor x, int bits, str order, ScalarType dtype) -> Tensor", outputs=_from_bits_outputs,
-                     reference=reference.from_bits, backends=(cpu("from_bits"),), module=__name__, entries=("from_bits_eager",))
+                     reference=reference.from_bits, module=__name__,
+                     backends=(triton.FROM_BITS, cpu("from_bits")), entries=("from_bits_eager",))
 
 
 def _mapped(made):
