@@ -40,7 +40,7 @@ class Call:
         """Outputs, then gradients."""
         outs = function(**self.arguments)
         outs = outs if isinstance(outs, tuple) else (outs,)
-        if self.dout is None:
+        if self.dout is None or not self.wanted():
             return outs
         grads = torch.autograd.grad(outs, [self.arguments[name] for name in self.wanted()], self.dout)
         return (*(y.detach() for y in outs), *grads)
@@ -66,7 +66,7 @@ class Call:
 
     def parts(self, case):
         """Number of independent parts that `by_parts` makes."""
-        floating = [name for name, x in self.tensors().items() if x.is_floating_point()]
+        floating = [name for name, x in self.tensors().items() if x.is_floating_point()] or list(self.tensors())
         total = 1
         for axis, names in enumerate((case.batched, case.heads)):
             if set(floating) <= set(names):
@@ -79,7 +79,7 @@ class Call:
         if axis == 2:
             return self.copy(dtype)(function)
         names = (case.batched, case.heads)[axis]
-        floating = [name for name, x in self.tensors().items() if x.is_floating_point()]
+        floating = [name for name, x in self.tensors().items() if x.is_floating_point()] or list(self.tensors())
         size = self.arguments[floating[0]].shape[axis] if set(floating) <= set(names) else 1
         if size <= 1:
             return self.by_parts(function, case, dtype, axis + 1)

@@ -23,8 +23,8 @@ def _to_bits(x_ptr, y_ptr, scale, C, size, x_strides, BITS: tl.constexpr, MSB: t
     o_x = pid % pieces * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < size
     x = tl.load(x_ptr + plane // C * x_strides[0] + plane % C * x_strides[1] + o_x * x_strides[2], mask=m_x, other=0).to(tl.int64)
-    high = narrow(scale.to(tl.float32), y_ptr.dtype.element_ty)
-    low = narrow(-scale.to(tl.float32), y_ptr.dtype.element_ty)
+    high = narrow(tl.cast(scale, tl.float32), y_ptr.dtype.element_ty)
+    low = narrow(-tl.cast(scale, tl.float32), y_ptr.dtype.element_ty)
     y_ptr += plane * BITS * size
     for i in tl.static_range(BITS):
         bit = BITS - 1 - i if MSB else i

@@ -98,10 +98,10 @@ def _guide(cond_ptr, uncond_ptr, weight_ptr, moments_ptr, y_ptr, rescale, size, 
     y = uncond + tl.load(weight_ptr + i_b * strides[2]) * (cond - uncond)
     if moments_ptr is not None:
         pieces = tl.cdiv(size, BLOCK)
-        left = (size - 1).to(tl.float32)
+        left = tl.cast(size - 1, tl.float32)
         std = tl.sqrt(_joined(moments_ptr, i_b, size, pieces, BLOCK, PIECES) / left)
         guided_std = tl.sqrt(_joined(moments_ptr + 2, i_b, size, pieces, BLOCK, PIECES) / left)
-        share = rescale.to(tl.float32)
+        share = tl.cast(rescale, tl.float32)
         y = y * (share * (std / guided_std) + (1.0 - share))
     tl.store(y_ptr + i_b * size + o_x, narrow(y, y_ptr.dtype.element_ty), mask=m_x)
 
@@ -133,7 +133,7 @@ def _step(x_ptr, pred_ptr, signal_ptr, sigma_ptr, to_x0_ptr, to_eps_ptr, to_nois
         eps_x, eps_pred = sigma / power, signal / power
     x0 = x0_x.to(tl.float32) * x + x0_pred.to(tl.float32) * pred
     if CLIPPED:
-        bound = clip.to(tl.float32)
+        bound = tl.cast(clip, tl.float32)
         x0 = tl.where(x0 > bound, bound, x0)
         x0 = tl.where(x0 < -bound, -bound, x0)
         if REDERIVE:
@@ -195,9 +195,9 @@ def _run_step(args, outs):
         return
     x, pred, *coefficients, to_noise, noise, v, log_ratio, prediction, clip, rederive = args
     x, pred, noise, v = (_ordered(image, y) for image in (x, pred, noise, v))
+    strides = _strides(x, pred, noise, v, *coefficients, to_noise, log_ratio)
     _launch(_step, y, x, pred, *coefficients, to_noise, noise, v, log_ratio, y, rest[0] if rest else None,
-            0.0 if clip is None else float(clip), y[0].numel(), _strides(x, pred, noise, v, *coefficients, to_noise, log_ratio), PREDICTION=prediction, CLIPPED=clip is not None,
-            REDERIVE=rederive)
+            0.0 if clip is None else float(clip), y[0].numel(), strides, PREDICTION=prediction, CLIPPED=clip is not None, REDERIVE=rederive)
 
 
 def _refuse_guide(cond, uncond, weight, rescale):
