@@ -513,18 +513,6 @@ for _name, _there, _dct, _idct, _takes in (
             _add(_op, _name, _run, lambda x=None, z=None, _takes=_takes, **o: _takes(z if x is None else x, **o))
 
 
-if scipy:
-    _add("dct", "scipy", _scipy("dctn"), _scipy_takes)
-    _add("idct", "scipy", _scipy("idctn"), _scipy_takes)
-    for _op, _run in _by_transforms(_scipy("dctn"), _scipy("idctn")).items():
-        _add(_op, "scipy", _run, lambda x=None, z=None, **_: _scipy_takes(z if x is None else x))
-if torch_dct:
-    _add("dct", "torch-dct", _torch_dct("dct"), _torch_dct_takes)
-    _add("idct", "torch-dct", _torch_dct("idct"), _torch_dct_takes)
-    for _op, _run in _by_transforms(_torch_dct("dct"), _torch_dct("idct")).items():
-        _add(_op, "torch-dct", _run, lambda x=None, z=None, **_: _torch_dct_takes(z if x is None else x))
-
-
 # add_noise, guide, denoise_step, to_bits, from_bits
 
 def _beside(c, x):
