@@ -58,7 +58,9 @@ bool encode(const Shape& s, const Integers& x, float scale, void* y, int64_t beg
         const uint32_t* word = bit < kWord ? low : high;
         T* py = static_cast<T*>(y) + (plane * s.bits + i) * s.size + start;
         // -scale with its sign turned where the bit is 1.
-        fill(py, n, s.past, [&](int64_t j, const auto&) { return from_bits(bits(splat(-scale)) ^ ((load_as<u32>(word + j) << up) & 0x80000000u)); });
+        for_vectors(n, [&](int64_t j, const auto&, const auto& put, int) {
+          put(py + j, from_bits(bits(splat(-scale)) ^ ((load_as<u32>(word + j) << up) & 0x80000000u)));
+        });
       }
     });
   });

@@ -31,8 +31,7 @@ Integer integer_of(const Tensor& x) {
 
 Shape shape_of(const Tensor& integers, const Tensor& analog, int64_t bits, bool msb) {
   const int64_t planes = integers.size(0) * integers.size(1), size = integers.numel() / std::max<int64_t>(1, planes);
-  return {type_of(analog), integer_of(integers), planes, integers.size(1), size, (size + kPiece - 1) / kPiece, static_cast<int>(bits), msb,
-          past_cache(analog, 1)};
+  return {type_of(analog), integer_of(integers), planes, integers.size(1), size, (size + kPiece - 1) / kPiece, static_cast<int>(bits), msb};
 }
 
 template <class F>

@@ -19,7 +19,7 @@ struct Shape {
   Integer integer;
   int64_t planes, channels, size, pieces;
   int bits;
-  bool msb, past;
+  bool msb;
 };
 
 // Integers of any strides over samples, channels and elements of a plane.

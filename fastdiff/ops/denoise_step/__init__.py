@@ -68,6 +68,35 @@ STEP_WITH_X0 = contract(f"denoise_step_with_x0{_STEP} -> (Tensor, Tensor)", outp
                         backends=(triton.STEP, cpu("denoise_step_with_x0")), module=__name__, entries=("denoise_step_with_x0_eager",))
 
 
+# The other ops run their references wherever a derivative is wanted: samplers want none.
+def _scaled(c, x):
+    return (reference.spread(c, x) * x).to(x.dtype)
+
+
+def _sum(x, y, c):
+    """sum x y per sample, in the dtype of c."""
+    product = x.to(c.dtype) * y
+    return product.sum(tuple(range(1, x.dim()))) if x.dim() > 1 else product
+
+
+def _add_noise_backward(ctx, dz):
+    if dz is None:
+        return (None,) * 4
+    (x, noise, signal, sigma), wants = ctx.saved_tensors, ctx.wants
+    return (_scaled(signal, dz) if wants[0] else None, _scaled(sigma, dz) if wants[1] else None,
+            _sum(dz, x, signal) if wants[2] else None, _sum(dz, noise, sigma) if wants[3] else None)
+
+
+def _add_noise_jvp(ctx, *tangents):
+    x, noise, signal, sigma = ctx.saved_tensors
+    given = zip(tangents, ctx.saved_tensors, strict=True)
+    dx, dnoise, dsignal, dsigma = (torch.zeros_like(p) if d is None else d for d, p in given)
+    return (_scaled(signal, dx) + _scaled(sigma, dnoise)) + (_scaled(dsignal, x) + _scaled(dsigma, noise))
+
+
+ADD_NOISE.autograd(save=lambda ctx, args, outs: args, backward=_add_noise_backward, jvp=_add_noise_jvp)
+
+
 def _fold(x, dim, mapped):
     if not isinstance(x, torch.Tensor):
         return x
