@@ -118,3 +118,16 @@ def test_refusals():
         guide(x, x, 2.0, rescale=1.5)
     with pytest.raises(ValueError, match="add_noise: signal has B = 3, but x has B = 2"):
         add_noise(x, x, torch.ones(3), c)
+
+
+def test_a_trajectory_rounds_as_plain_pytorch():
+    """At a signal of 0.006 a rounding of the state moves x0 by 4e-5: only the same roundings give the same trajectory."""
+    x, eps = draw(2, 1, 3, 16, 16)
+    g = torch.cat([torch.linspace(0.006, 0.99, 30, dtype=torch.float64).square(), torch.ones(1, dtype=torch.float64)])
+    signal, sigma = g.sqrt().float(), (1 - g).sqrt().float()
+    y = plain = x
+    for i in range(30):
+        now, after = (signal[i : i + 1], sigma[i : i + 1]), (signal[i + 1 : i + 2], sigma[i + 1 : i + 2])
+        y = denoise_step(y, eps, *now, *after, clip=1.0, rederive=False)
+        plain = after[0] * ((plain - now[1] * eps) / now[0]).clamp(-1, 1) + after[1] * eps
+    assert (y - plain).abs().max() <= 1e-6 * plain.abs().max()

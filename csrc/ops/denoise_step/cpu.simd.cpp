@@ -86,9 +86,21 @@ void moments(const Shape& s, const Images& cond, const Images& uncond, const Per
   });
 }
 
-// The step as x0 = x_in_x0 x + pred_in_x0 pred, clamped, and y = x0_in_y x0 + x_in_y x + pred_in_y pred + noise_in_y noise.
+// x, rounded: not part of a fused multiply-add. At a signal of 0.006, a step that adds to_eps pred and the next one that takes off sigma pred
+// (the same number, as in DDIM) cancel only if both are rounded, as they are in plain PyTorch: a trajectory is 4 times nearer to the exact one.
+f32 rounded(f32 x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
+// The step as y = x0_in_y x0 + x_in_y x + pred_in_y pred + noise_in_y noise, x0 being clamped. What x0 is the quotient of may cancel: it is
+// divided only then.
 struct Folded {
-  float x_in_x0, pred_in_x0, x0_in_y, x_in_y, pred_in_y, noise_in_y = 0.0f, half_log = 0.0f;
+  float signal_, sigma_, per_power, x0_in_y, x_in_y, pred_in_y, noise_in_y = 0.0f, half_log = 0.0f;
 
   Folded(const Step& p, int64_t b) {
     const double signal = of(p.signal, b), sigma = of(p.sigma, b), to_x0 = of(p.to_x0, b), to_eps = of(p.to_eps, b);
@@ -106,7 +118,8 @@ struct Folded {
     }
     const bool rederived = p.clipped && p.rederive;
     const double kept = p.clipped ? (rederived ? to_x0 - to_eps * (signal / sigma) : to_x0) : 0.0, open = p.clipped ? 0.0 : to_x0;
-    x_in_x0 = static_cast<float>(x0[0]), pred_in_x0 = static_cast<float>(x0[1]);
+    signal_ = of(p.signal, b), sigma_ = of(p.sigma, b);
+    per_power = static_cast<float>(1 / (signal * signal + sigma * sigma));
     x0_in_y = static_cast<float>(kept);
     x_in_y = static_cast<float>(rederived ? to_eps / sigma : open * x0[0] + to_eps * eps[0]);
     pred_in_y = static_cast<float>(rederived ? 0.0 : open * x0[1] + to_eps * eps[1]);
@@ -121,20 +134,22 @@ f32 exp_twice(f32 x) {
   return root * root;
 }
 
-template <class T, bool clipped, bool noisy, bool learned>
+template <class T, Prediction prediction, bool clipped, bool noisy, bool learned>
 void step_piece(const Shape& s, const Step& p, const Folded& c, int64_t b, int64_t start, int64_t n, T* y, T* x0) {
   const T *px = at<T>(p.x, b, start), *pp = at<T>(p.pred, b, start), *pn = nullptr, *pv = nullptr;
   if constexpr (noisy) pn = at<T>(p.noise, b, start);
   if constexpr (learned) pv = at<T>(p.v, b, start);
   const auto next = [&](int64_t j, const auto& get, f32 x, f32 pred, f32 clean) {
-    f32 sum = x * c.x_in_y + pred * c.pred_in_y;
-    if constexpr (clipped) sum += clean * c.x0_in_y;
+    f32 sum = x * c.x_in_y + rounded(pred * c.pred_in_y);
+    if constexpr (clipped) sum += rounded(clean * c.x0_in_y);
     if constexpr (learned) sum += get(pn + j) * (exp_twice((get(pv + j) + 1.0f) * c.half_log) * c.noise_in_y);
     else if constexpr (noisy) sum += get(pn + j) * c.noise_in_y;
     return sum;
   };
   const auto found = [&](f32 x, f32 pred) {
-    f32 clean = x * c.x_in_x0 + pred * c.pred_in_x0;
+    f32 clean = pred;
+    if constexpr (prediction == Prediction::eps) clean = (x - rounded(pred * c.sigma_)) / c.signal_;
+    if constexpr (prediction == Prediction::v) clean = (x * c.signal_ - pred * c.sigma_) * c.per_power;
     if constexpr (clipped) {
       clean = clean > p.clip ? splat(p.clip) : clean;
       clean = clean < -p.clip ? splat(-p.clip) : clean;
@@ -158,13 +173,18 @@ void step(const Shape& s, const Step& p, void* y, void* x0, int64_t begin, int64
     each_piece(s, begin, end, [&](int64_t b, int64_t start, int64_t first, int64_t n) {
       const Folded c(p, b);
       T *py = static_cast<T*>(y) + first, *px0 = x0 ? static_cast<T*>(x0) + first : nullptr;
-      const auto run = [&]<bool clipped>() {
-        if (p.v.data) return step_piece<T, clipped, true, true>(s, p, c, b, start, n, py, px0);
-        if (p.noise.data) return step_piece<T, clipped, true, false>(s, p, c, b, start, n, py, px0);
-        step_piece<T, clipped, false, false>(s, p, c, b, start, n, py, px0);
+      const auto run = [&]<Prediction prediction, bool clipped>() {
+        if (p.v.data) return step_piece<T, prediction, clipped, true, true>(s, p, c, b, start, n, py, px0);
+        if (p.noise.data) return step_piece<T, prediction, clipped, true, false>(s, p, c, b, start, n, py, px0);
+        step_piece<T, prediction, clipped, false, false>(s, p, c, b, start, n, py, px0);
       };
-      if (p.clipped) run.template operator()<true>();
-      else run.template operator()<false>();
+      const auto predicted = [&]<Prediction prediction>() {
+        if (p.clipped) run.template operator()<prediction, true>();
+        else run.template operator()<prediction, false>();
+      };
+      if (p.prediction == Prediction::eps) predicted.template operator()<Prediction::eps>();
+      else if (p.prediction == Prediction::x0) predicted.template operator()<Prediction::x0>();
+      else predicted.template operator()<Prediction::v>();
     });
   });
 }

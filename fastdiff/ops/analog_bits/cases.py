@@ -4,7 +4,7 @@ from math import prod
 
 from ...core.case import Array, Case, Dim, Integers, OneOf
 
-_SIZES = dict(B=Dim(0, 3), C=Dim(0, 4), h=Dim(0, 34), w=Dim(0, 34), form=OneOf("image", "row", "volume"), order=OneOf("lsb", "msb"))
+_SIZES = dict(B=Dim(0, 3), C=Dim(0, 4), h=Dim(0, 50), w=Dim(0, 50), form=OneOf("image", "row", "volume"), order=OneOf("lsb", "msb"))
 _WIDTHS = OneOf((8, "uint8"), (1, "uint8"), (4, "int32"), (8, "int64"), (16, "int32"), (31, "int64"))
 _SHAPES = {"1x3x64x64": (1, 3, 64, 64), "32x3x64x64": (32, 3, 64, 64), "8x3x256x256": (8, 3, 256, 256)}
 _BENCH = {f"{name} x {bits} of {dtype}": dict(zip("BChw", shape, strict=True)) | dict(width=(bits, dtype))

@@ -4,7 +4,7 @@ from math import prod
 
 from ...core.case import Array, Case, Dim, OneOf
 
-_SIZES = dict(B=Dim(0, 4), C=Dim(0, 5), h=Dim(0, 40), w=Dim(0, 40), form=OneOf("image", "tokens", "vector"))
+_SIZES = dict(B=Dim(0, 4), C=Dim(0, 6), h=Dim(0, 60), w=Dim(0, 60), form=OneOf("image", "tokens", "vector"))
 _SHAPES = {"1x3x64x64": (1, 3, 64, 64), "32x3x64x64": (32, 3, 64, 64), "8x3x256x256": (8, 3, 256, 256),
            "32x4x64x64 latents": (32, 4, 64, 64)}
 _BENCH = {name: dict(zip("BChw", shape, strict=True)) for name, shape in _SHAPES.items()}

@@ -123,15 +123,17 @@ def _step(x_ptr, pred_ptr, signal_ptr, sigma_ptr, to_x0_ptr, to_eps_ptr, to_nois
     x, pred = _image(x_ptr, i_b, strides[0], o_x, m_x), _image(pred_ptr, i_b, strides[1], o_x, m_x)
     if PREDICTION == "eps":
         x0_x, x0_pred = 1.0 / signal, -sigma / signal
+        x0 = (x - sigma.to(tl.float32) * pred) * x0_x.to(tl.float32)  # the difference may cancel: scaled only then
         eps_x, eps_pred = signal * 0.0, signal * 0.0 + 1.0
     elif PREDICTION == "x0":
         x0_x, x0_pred = sigma * 0.0, sigma * 0.0 + 1.0
+        x0 = pred
         eps_x, eps_pred = 1.0 / sigma, -signal / sigma
     else:
         power = signal * signal + sigma * sigma
         x0_x, x0_pred = signal / power, -sigma / power
+        x0 = (signal.to(tl.float32) * x - sigma.to(tl.float32) * pred) * (1.0 / power).to(tl.float32)
         eps_x, eps_pred = sigma / power, signal / power
-    x0 = x0_x.to(tl.float32) * x + x0_pred.to(tl.float32) * pred
     if CLIPPED:
         bound = tl.cast(clip, tl.float32)
         x0 = tl.where(x0 > bound, bound, x0)
