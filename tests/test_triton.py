@@ -404,17 +404,6 @@ def _calls(dtype):
         yield REGISTRY["from_bits"], (made(2, 24, 64, 64), 8, "lsb", torch.uint8)
         yield REGISTRY["to_bits"], (torch.empty(2, 3, 64, 64, dtype=torch.uint8), 8, 1.0, "lsb", dtype)
         yield REGISTRY["to_bits"], (torch.empty(2, 3, 64, 64, dtype=torch.int64), 31, 1.0, "msb", dtype)
-    if dtype == torch.bfloat16:
-        x, c = made(2, 3, 64, 64), torch.empty(2)
-        yield REGISTRY["add_noise"], (x, x, c, c)
-        yield REGISTRY["guide"], (x, x, c, 0.0)
-        yield REGISTRY["guide"], (x, x, c, 0.7)
-        yield REGISTRY["denoise_step"], (x, x, c, c, c, c, None, None, None, None, "eps", None, True)
-        yield REGISTRY["denoise_step_with_x0"], (x, x, c, c, c, c, c, x, x, c, "x0", 1.0, True)
-        yield REGISTRY["denoise_step_with_x0"], (x, x, c, c, c, c, c, x, None, None, "v", 1.0, False)
-        yield REGISTRY["from_bits"], (made(2, 24, 64, 64), 8, "lsb", torch.uint8)
-        yield REGISTRY["to_bits"], (torch.empty(2, 3, 64, 64, dtype=torch.uint8), 8, 1.0, "lsb", dtype)
-        yield REGISTRY["to_bits"], (torch.empty(2, 3, 64, 64, dtype=torch.int64), 31, 1.0, "msb", dtype)
 
 
 def _compile(job, architecture):
