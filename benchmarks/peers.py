@@ -511,3 +511,64 @@ for _name, _there, _dct, _idct, _takes in (
     if _there:
         for _op, _run in {"dct": _dct, "idct": _idct, **_by_transforms(_dct, _idct)}.items():
             _add(_op, _name, _run, lambda x=None, z=None, _takes=_takes, **o: _takes(z if x is None else x, **o))
+
+
+# add_noise, guide, denoise_step, to_bits, from_bits
+
+def _beside(c, x):
+    return c.view(-1, *(1,) * (x.dim() - 1)).to(x.dtype)
+
+
+def _eager_add_noise(x, noise, signal, sigma):
+    return _beside(signal, x) * x + _beside(sigma, x) * noise
+
+
+def _eager_guide(cond, uncond, weight, rescale):
+    guided = uncond + _beside(weight, cond) * (cond - uncond)
+    if not rescale:
+        return guided
+    axes = tuple(range(1, cond.dim()))
+    scaled = guided * (cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
+    return rescale * scaled + (1 - rescale) * guided
+
+
+def _eager_denoise_step_with_x0(x, pred, signal, sigma, to_x0, to_eps, prediction, clip, rederive, variance_0, variance_1, to_noise=None,
+                                noise=None):
+    signal, sigma = _beside(signal, x), _beside(sigma, x)
+    if prediction == "eps":
+        x0, eps = (x - sigma * pred) / signal, pred
+    elif prediction == "x0":
+        x0, eps = pred, (x - signal * pred) / sigma
+    else:
+        power = signal.square() + sigma.square()
+        x0, eps = (signal * x - sigma * pred) / power, (signal * pred + sigma * x) / power
+    if clip is not None:
+        x0 = x0.clamp(-clip, clip)
+        if rederive:
+            eps = (x - signal * x0) / sigma
+    y = _beside(to_x0, x) * x0 + _beside(to_eps, x) * eps
+    if noise is not None:
+        scale = _beside(to_noise, x)
+        if variance_0 is not None:
+            scale = scale * torch.exp(0.25 * (variance_0 + 1) * _beside(variance_1, x))
+        y = y + scale * noise
+    return y, x0
+
+
+def _eager_to_bits(x, bits, scale, order):
+    masks = 2 ** torch.arange(bits, device=x.device)
+    masks = (masks if order == "lsb" else masks.flip(0)).view(-1, *(1,) * (x.dim() - 2))
+    return (((x.long().unsqueeze(2) & masks) != 0).float() * 2 - 1).mul(scale).flatten(1, 2)
+
+
+def _eager_from_bits(x, bits, order):
+    masks = 2 ** torch.arange(bits, device=x.device, dtype=torch.int32 if bits < 32 else torch.int64)
+    masks = (masks if order == "lsb" else masks.flip(0)).view(-1, *(1,) * (x.dim() - 2))
+    whole = ((x > 0).unflatten(1, (-1, bits)) * masks).sum(2)
+    return whole.to(torch.uint8 if bits <= 8 else torch.int32 if bits < 32 else torch.int64)
+
+
+for _op, _run in {"add_noise": _eager_add_noise, "guide": _eager_guide, "denoise_step_with_x0": _eager_denoise_step_with_x0,
+                  "denoise_step": lambda **arguments: _eager_denoise_step_with_x0(**arguments)[0], "to_bits": _eager_to_bits,
+                  "from_bits": _eager_from_bits}.items():
+    _eager(_op, _run)

@@ -172,7 +172,8 @@ NEUTRAL = [*sources("core", "testing", "bench"), *sorted(p for p in PACKAGE.glob
 
 @pytest.mark.parametrize("path", NEUTRAL, ids=names)
 def test_names_no_op(path):
-    words = ({p.name for p in OPS} | {name for c in REGISTRY.values() for name in (c.name, *c.cases())}) - {"linear"}  # an adjective too
+    # "linear" is an adjective too, and vec.h makes a float from its bits.
+    words = ({p.name for p in OPS} | {name for c in REGISTRY.values() for name in (c.name, *c.cases())}) - {"linear", "from_bits"}
     pattern = re.compile(r"\b(" + "|".join(sorted(words, key=len, reverse=True)) + r")\b")
     found = [f"{i}: {line.strip()}" for i, line in enumerate(path.read_text().splitlines(), 1) if pattern.search(line)]
     assert not found

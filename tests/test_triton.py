@@ -127,6 +127,30 @@ def test_merge(sizes, dtype, layout, mask):
     properties.written(SUBJECTS["merge_attention"], example)
 
 
+@interpreter
+@pytest.mark.parametrize(("dtype", "layout"), DRESSED)
+@pytest.mark.parametrize("name", ["add_noise", "guide", "denoise_step", "denoise_step_with_x0"])
+def test_sampling(name, dtype, layout):
+    options = [dict(rescale=0.7)] if name == "guide" else [{}]
+    if name.startswith("denoise_step"):
+        options = [dict(prediction=p, clip=clip, noise=noise, rederive=rederive) for p, clip, noise, rederive in (
+            ("eps", None, "fixed", True), ("x0", 0.3, "learned", True), ("v", None, "none", True), ("eps", 0.3, "none", False),
+            ("v", 1.0, "learned", False), ("x0", 1.0, "fixed", False))]
+    for option in options:
+        for sizes in (dict(B=2, C=3, h=19, w=33), dict(B=3, C=5, h=33, form="tokens"), dict(B=0, C=2, h=3, w=4)):
+            properties.values(SUBJECTS[name], _example(name, dtype, layout, **sizes, **option))
+
+
+@interpreter
+@pytest.mark.parametrize(("dtype", "layout"), DRESSED)
+@pytest.mark.parametrize("order", ["lsb", "msb"])
+def test_analog_bits(order, dtype, layout):
+    for name in ("to_bits", "from_bits"):
+        for width in ((8, "uint8"), (4, "int32"), (31, "int64")):
+            for form in ("image", "volume"):
+                properties.values(SUBJECTS[name], _example(name, dtype, layout, B=2, C=3, h=13, w=31, form=form, order=order, width=width))
+
+
 GRIDS = [dict(M=20, C=3, grid=(9, 33)), dict(M=40, C=1, heads=2, grid=(2, 3, 4), bias=True, residual=False), dict(B=2, C=5, grid=(1, 1)),
          dict(M=130, C=3, grid=(3, 18), norm=True), dict(C=GRID.LARGEST, grid=(4, 5), norm=True), dict(B=0, grid=(3, 18))]
 
@@ -265,7 +289,7 @@ def test_frequencies_are_refused():
 # Compiled
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program can have, by architecture
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}
 
 
 def _specialized(value, path, constants, attributes):
@@ -369,6 +393,17 @@ def _calls(dtype):
             yield REGISTRY["frequency_mix"], (x, gain, x, gain, x, gain, 2)
             if w > 32:
                 yield REGISTRY["separable_gain"], (x, made(2, h), made(2, w), scalar, x, scalar)
+    if dtype == torch.bfloat16:
+        x, c = made(2, 3, 64, 64), torch.empty(2)
+        yield REGISTRY["add_noise"], (x, x, c, c)
+        yield REGISTRY["guide"], (x, x, c, 0.0)
+        yield REGISTRY["guide"], (x, x, c, 0.7)
+        yield REGISTRY["denoise_step"], (x, x, c, c, c, c, None, None, None, None, "eps", None, True)
+        yield REGISTRY["denoise_step_with_x0"], (x, x, c, c, c, c, c, x, x, c, "x0", 1.0, True)
+        yield REGISTRY["denoise_step_with_x0"], (x, x, c, c, c, c, c, x, None, None, "v", 1.0, False)
+        yield REGISTRY["from_bits"], (made(2, 24, 64, 64), 8, "lsb", torch.uint8)
+        yield REGISTRY["to_bits"], (torch.empty(2, 3, 64, 64, dtype=torch.uint8), 8, 1.0, "lsb", dtype)
+        yield REGISTRY["to_bits"], (torch.empty(2, 3, 64, 64, dtype=torch.int64), 31, 1.0, "msb", dtype)
 
 
 def _compile(job, architecture):

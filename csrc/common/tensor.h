@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <unistd.h>
+
 #include <array>
 
 #include "common/dtype.h"
@@ -31,6 +33,16 @@ inline bool is_native_float(const torch::stable::Tensor& x) {
   using torch::headeronly::ScalarType;
   const ScalarType type = x.scalar_type();
   return x.is_cpu() && (type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half);
+}
+
+// Whether a pass over `images` arrays of y's size takes more than a quarter of the last-level cache (of 32 MiB where its size is not known):
+// from there on writing past it is faster (1.2 times at 9 MB, 1.8 times at 19 MB, of 32 MB that other cores use too, on Zen 4).
+inline bool past_cache(const torch::stable::Tensor& y, int64_t images) {
+  static const int64_t cache = [] {
+    const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    return (bytes > 0 ? bytes : int64_t{32} << 20) / 4;
+  }();
+  return images * y.numel() * static_cast<int64_t>(y.element_size()) > cache;
 }
 
 // Contiguous and uninitialised, on the CPU; without the dispatcher, which would cost a microsecond. type: torch's number of a dtype.

@@ -141,6 +141,34 @@ inline void for_vectors(int64_t count, const F& f) {
     f(j, [n](const auto* p) { return load_n(p, n); }, [n](auto* p, f32 x) { store_n(p, x, n); }, n);
 }
 
+// Past the cache, to memory that is written whole and read by nobody soon. p is aligned to the vector; end with fence().
+#if defined(__AVX512F__)
+inline void stream(float* p, f32 x) { _mm512_stream_ps(p, (__m512)x); }
+template <class T>
+inline void stream(T* p, f32 x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)from_f32(x, T{})); }
+inline void fence() { _mm_sfence(); }
+#elif defined(__AVX2__)
+inline void stream(float* p, f32 x) { _mm256_stream_ps(p, (__m256)x); }
+template <class T>
+inline void stream(T* p, f32 x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)from_f32(x, T{})); }
+inline void fence() { _mm_sfence(); }
+#else
+template <class T>
+inline void stream(T* p, f32 x) { store(p, x); }
+inline void fence() {}
+#endif
+
+// p[j] = f(j, load) for `count` elements, a vector at a time. past: written past the cache where p is aligned.
+template <class T, class F>
+inline void fill(T* p, int64_t count, bool past, const F& f) {
+  int64_t j = 0;
+  if (past && reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(T)) == 0) {
+    for (; j + kLanes <= count; j += kLanes) stream(p + j, f(j, [](const auto* q) { return load(q); }));
+    fence();
+  }
+  for_vectors(count - j, [&](int64_t i, const auto& get, const auto& put, int) { put(p + j + i, f(j + i, get)); });
+}
+
 // x in the first n lanes, `other` beyond.
 inline f32 keep_n(f32 x, int n, float other) {
   constexpr u32 lane = lanes([](int l) { return l; });

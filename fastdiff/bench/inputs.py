@@ -13,10 +13,13 @@ def make(arguments, dtype, device, grad=False, seed=0):
     made = {}
     for name, spec in arguments.items():
         if isinstance(spec, Array):
-            x = (torch.randn(spec.shape, generator=generator) * spec.scale).to(device, getattr(torch, _wider(spec.dtype, dtype)))
+            x = torch.randn(spec.shape, generator=generator) * spec.scale
+            if spec.within:
+                x = spec.within[0] + (spec.within[1] - spec.within[0]) * torch.sigmoid(x)
+            x = x.to(device, getattr(torch, _wider(spec.dtype, dtype)))
             made[name] = x.requires_grad_(grad and spec.grad)
         elif isinstance(spec, Integers):
-            made[name] = torch.randint(spec.low, spec.high + 1, spec.shape, generator=generator).to(device)
+            made[name] = torch.randint(spec.low, spec.high + 1, spec.shape, generator=generator).to(device, getattr(torch, spec.dtype))
         else:
             made[name] = spec
     return made
@@ -37,7 +40,7 @@ class Call:
         """Outputs, then gradients."""
         outs = function(**self.arguments)
         outs = outs if isinstance(outs, tuple) else (outs,)
-        if self.dout is None:
+        if self.dout is None or not self.wanted():
             return outs
         grads = torch.autograd.grad(outs, [self.arguments[name] for name in self.wanted()], self.dout)
         return (*(y.detach() for y in outs), *grads)
@@ -63,7 +66,7 @@ class Call:
 
     def parts(self, case):
         """Number of independent parts that `by_parts` makes."""
-        floating = [name for name, x in self.tensors().items() if x.is_floating_point()]
+        floating = [name for name, x in self.tensors().items() if x.is_floating_point()] or list(self.tensors())
         total = 1
         for axis, names in enumerate((case.batched, case.heads)):
             if set(floating) <= set(names):
@@ -76,7 +79,7 @@ class Call:
         if axis == 2:
             return self.copy(dtype)(function)
         names = (case.batched, case.heads)[axis]
-        floating = [name for name, x in self.tensors().items() if x.is_floating_point()]
+        floating = [name for name, x in self.tensors().items() if x.is_floating_point()] or list(self.tensors())
         size = self.arguments[floating[0]].shape[axis] if set(floating) <= set(names) else 1
         if size <= 1:
             return self.by_parts(function, case, dtype, axis + 1)

@@ -26,7 +26,8 @@ class OneOf:
 @dataclass(frozen=True)
 class Array:
     """A floating tensor of this shape. `masks` lets -inf stand in it (an additive mask); `dtype` fixes its dtype whatever the run's;
-    `scale` is its standard deviation in benchmarks (a weight's keeps scores moderate).
+    `scale` is its standard deviation in benchmarks (a weight's keeps scores moderate). within: (low, high) between which its values lie.
+    number: a Python number may stand in its place.
     """
 
     shape: tuple
@@ -34,15 +35,19 @@ class Array:
     masks: bool = False
     dtype: str | None = None
     scale: float = 1.0
+    within: tuple | None = None
+    number: bool = False
 
 
 @dataclass(frozen=True)
 class Integers:
-    """An int64 tensor of this shape with values in [low, high]."""
+    """A tensor of this shape and integer dtype with values in [low, high]. widths: the dtypes that may stand in place of its own."""
 
     shape: tuple
     low: int
     high: int
+    dtype: str = "int64"
+    widths: tuple = ("int64",)
 
 
 def _no_work(*_, **arguments):

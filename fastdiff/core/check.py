@@ -79,15 +79,15 @@ def lengths_within(op, key_lengths, N):
             fail(op, f"key_lengths wants values in [0, N = {N}], got [{low}, {high}]")
 
 
-def pair(op, name, value):
-    """(weight, bias) of a norm, or (None, None) for None."""
+def pair(op, name, value, of="(weight, bias)"):
+    """The two tensors of `value`, or (None, None) for None; `of` names them."""
     if value is None:
         return None, None
     if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(x, torch.Tensor) for x in value):
         given = type(value).__name__
         if isinstance(value, tuple | list):
             given += f" of {', '.join(f'{name}[{i}] {type(x).__name__}' for i, x in enumerate(value))}"
-        raise TypeError(f"{op}: {name} wants (weight, bias), two tensors, or None, got {given}")
+        raise TypeError(f"{op}: {name} wants {of}, two tensors, or None, got {given}")
     return tuple(value)
 
 

@@ -76,11 +76,12 @@ class Contract:
         choose(self.name, self.backends, args).run(args, outs if isinstance(outs, tuple) else (outs,))
         return outs
 
-    def eager(self, args, entry=0):
+    def eager(self, args, entry=0, optional=()):
         """The result of a native eager entry, where that is all the call needs; otherwise None.
 
-        args: the contract's required tensors, then what else the entry takes. It spares a tiny call this class's checks, allocation and
-        choice: the entry recognises plain arguments itself and is silent about others, and where a mode, a transform or autocast is on.
+        args: the contract's required tensors, then what else the entry takes; optional: tensors or None among the latter. It spares a tiny
+        call this class's checks, allocation and choice: the entry recognises plain arguments itself and is silent about others, and where
+        a mode, a transform or autocast is on.
         """
         if not self._entries or is_compiling() or FORCED.name not in (None, "cpu") or forward_ad._current_level >= 0 or _function_modes():
             return None
@@ -88,6 +89,9 @@ class Contract:
         for i in self._required:
             x = args[i]
             if type(x) not in _PLAIN or (grad and x.requires_grad):
+                return None
+        for x in optional:
+            if x is not None and (type(x) not in _PLAIN or (grad and x.requires_grad)):
                 return None
         return self._entries[entry](*args)
 

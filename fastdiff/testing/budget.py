@@ -29,14 +29,17 @@ def error(tensor, ours, plain, exact, nearby=(), times=2, largest=0.0):
     largest: the largest number among all results of the call. What is 0 by cancellation may be off by eps^2 of it, the rounding of a
     rounding (eps that of the arithmetic, which is float32 for narrower dtypes).
 
-    Non-finite values must stand where `exact`, rounded to our dtype, has them. Where `exact` is finite and plain PyTorch overflows, ours
-    may do either: those elements have no limit. Raises AssertionError for another shape or dtype than the reference's.
+    Integers must be equal. Non-finite values must stand where `exact`, rounded to our dtype, has them. Where `exact` is finite and plain
+    PyTorch overflows, ours may do either: those elements have no limit. Raises AssertionError for another shape or dtype than the
+    reference's.
     """
     assert ours.shape == exact.shape, f"{tensor} has shape {tuple(ours.shape)}, the reference's is {tuple(exact.shape)}"
     wide = ours.dtype == exact.dtype
     assert wide or ours.dtype == plain.dtype, f"{tensor} has dtype {ours.dtype}, the reference's is {plain.dtype}"
     if not ours.numel():
         return Error(tensor, 0.0, 0.0)
+    if not ours.is_floating_point():
+        return Error(tensor, float((ours != exact).sum()), 0.0)
     rounded = exact.to(ours.dtype).double()
     value, exact = ours.double(), exact.double()
     finite = rounded.isfinite()

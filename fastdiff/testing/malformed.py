@@ -80,15 +80,19 @@ def mutations(subject, example):
         if not isinstance(spec, Array | Integers) and name not in tensors:
             _options(add, made[name], _kinds(case, name, made[name]))
             continue
+        numbers = isinstance(spec, Array) and spec.number
         for text, value in NOT_TENSORS.items():
-            add(text, lambda value=value: value)
+            add(text, lambda value=value: value, not (numbers and isinstance(value, int | float)))
         if not isinstance(spec, Array | Integers):
             continue
         x = made[name]
         if name not in optional:
             add("None", lambda: None)
         add("of 8 dimensions", lambda x=x: x.reshape((1,) * (8 - x.dim()) + x.shape), name not in case.any_rank)
-        wrong = (torch.int32, torch.float32) if isinstance(spec, Integers) else (torch.int64, torch.bool, torch.complex64, torch.uint8)
+        integers = isinstance(spec, Integers)
+        wrong = (torch.int32, torch.float32, torch.bool) if integers else (torch.int64, torch.bool, torch.complex64, torch.uint8)
+        if integers:
+            wrong = [d for d in wrong if str(d).removeprefix("torch.") not in spec.widths]
         for dtype in wrong:
             add(f"of {dtype}", lambda x=x, dtype=dtype: torch.ones(x.shape, dtype=dtype, device=x.device))
         if isinstance(spec, Array):
@@ -98,8 +102,9 @@ def mutations(subject, example):
                 disagrees = spec.dtype is not None or sum(specs[a].dtype is None for a in arrays) > 1
                 add(f"of {other} beside others", lambda x=x, other=other: x.to(other), disagrees)
         elif x.numel():
-            add("below its range", lambda x=x, spec=spec: torch.full_like(x, spec.low - 1))
-            add("above its range", lambda x=x, spec=spec: torch.full_like(x, spec.high + 1))
+            for text, value in (("below its range", spec.low - 1), ("above its range", spec.high + 1)):
+                if torch.iinfo(x.dtype).min <= value <= torch.iinfo(x.dtype).max:
+                    add(text, lambda x=x, value=value: torch.full_like(x, value))
         if len(example.tensors()) > 1 and x.numel():
             add("on meta", lambda x=x: x.to("meta"))
         for axis in range(x.dim()):

@@ -48,7 +48,7 @@ class Example:
         made = {}
         for name, spec in self.specs().items():
             if isinstance(spec, Array):
-                x = _values(spec.shape, self.values[name], generator).to(_dtype(spec, self.dtype))
+                x = _values(spec, self.values[name], generator).to(_dtype(spec, self.dtype))
                 layout = self.layouts[name]
                 if self.nudge:
                     if layout == "expanded":  # elements that share memory move each on its own
@@ -57,7 +57,7 @@ class Example:
                     x = (x.double() * (1 + torch.finfo(x.dtype).eps * steps)).to(x.dtype)
                 made[name] = lay_out(x.to(dtype) if dtype else x, layout, self.device)
             elif isinstance(spec, Integers):
-                x = torch.randint(spec.low, spec.high + 1, spec.shape, generator=generator)
+                x = torch.randint(spec.low, spec.high + 1, spec.shape, generator=generator).to(getattr(torch, spec.dtype))
                 made[name] = lay_out(x, self.layouts[name], self.device)
             else:
                 made[name] = spec
@@ -83,7 +83,15 @@ def _dtype(spec, dtype):
     return getattr(torch, spec.dtype) if spec.dtype and dtype != torch.float64 else dtype
 
 
-def _values(shape, kind, generator):
+def _values(spec, kind, generator):
+    x = _unbounded(spec.shape, kind, generator)
+    if spec.within is None:
+        return x
+    low, high = spec.within
+    return low + (high - low) * torch.sigmoid(x)
+
+
+def _unbounded(shape, kind, generator):
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     if kind == "offset 1e3":
         return x + 1e3
