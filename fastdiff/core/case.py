@@ -26,7 +26,7 @@ class OneOf:
 @dataclass(frozen=True)
 class Array:
     """A floating tensor of this shape. `masks` lets -inf stand in it (an additive mask); `dtype` fixes its dtype whatever the run's;
-    `scale` is its standard deviation in benchmarks (a weight's keeps scores moderate).
+    `scale` is its standard deviation in benchmarks (a weight's keeps scores moderate). `either`: float32 is legal beside a narrower run.
     """
 
     shape: tuple
@@ -34,6 +34,7 @@ class Array:
     masks: bool = False
     dtype: str | None = None
     scale: float = 1.0
+    either: bool = False
 
 
 @dataclass(frozen=True)
