@@ -132,6 +132,24 @@ inline void store_n(T* p, f32 x, int n) {
 inline void store_n(float* p, f32 x, int n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)x); }
 #endif
 
+// Stores past the caches, for results that do not fit there: the line is not read first. p is a multiple of the vector's size;
+// stream_end() orders them before what the thread writes next.
+#if defined(__AVX512F__)
+inline void stream(float* p, f32 x) { _mm512_stream_ps(p, (__m512)x); }
+template <class T>
+inline void stream(T* p, f32 x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)from_f32(x, T{})); }
+inline void stream_end() { _mm_sfence(); }
+#elif defined(__AVX2__)
+inline void stream(float* p, f32 x) { _mm256_stream_ps(p, (__m256)x); }
+template <class T>
+inline void stream(T* p, f32 x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)from_f32(x, T{})); }
+inline void stream_end() { _mm_sfence(); }
+#else
+template <class T>
+inline void stream(T* p, f32 x) { store(p, x); }
+inline void stream_end() {}
+#endif
+
 // f(j, load, store, n) for every vector of `count` elements from j on, n of them: kLanes, and in the last what remains.
 template <class F>
 inline void for_vectors(int64_t count, const F& f) {
@@ -139,6 +157,17 @@ inline void for_vectors(int64_t count, const F& f) {
   for (; j + kLanes <= count; j += kLanes) f(j, [](const auto* p) { return load(p); }, [](auto* p, f32 x) { store(p, x); }, kLanes);
   if (const int n = static_cast<int>(count - j))
     f(j, [n](const auto* p) { return load_n(p, n); }, [n](auto* p, f32 x) { store_n(p, x, n); }, n);
+}
+
+// The same with f(chain, j, load, store, n): neighbouring vectors belong to different ones of 4 chains, so that a sum kept per chain does
+// not wait for itself.
+template <class F>
+inline void for_chains(int64_t count, const F& f) {
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= count; j += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) f(u, j + u * kLanes, [](const auto* p) { return load(p); }, [](auto* p, f32 x) { store(p, x); }, kLanes);
+  for_vectors(count - j, [&](int64_t k, const auto& get, const auto& put, int n) { f(0, j + k, get, put, n); });
 }
 
 // x in the first n lanes, `other` beyond.
