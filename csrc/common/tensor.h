@@ -33,6 +33,13 @@ inline bool is_native_float(const torch::stable::Tensor& x) {
   return x.is_cpu() && (type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half);
 }
 
+// Whether a contiguous result with rows of `row` elements is stored past the caches: it is larger than what a few cores share of the last of
+// them, and its rows are whole cache lines.
+inline bool past_caches(const torch::stable::Tensor& out, int64_t row) {
+  const int64_t size = out.element_size();
+  return out.numel() * size > int64_t{16} << 20 && row * size % 64 == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
+}
+
 // Contiguous and uninitialised, on the CPU; without the dispatcher, which would cost a microsecond. type: torch's number of a dtype.
 template <size_t rank>
 torch::stable::Tensor empty(int32_t type, const std::array<int64_t, rank>& size) {

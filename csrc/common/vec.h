@@ -150,6 +150,14 @@ inline void stream(T* p, f32 x) { store(p, x); }
 inline void stream_end() {}
 #endif
 
+// The first n elements; past the caches if that is so, and then they are a whole vector.
+template <class T>
+inline void store_n(T* p, f32 x, int n, bool past_caches) {
+  if (past_caches) stream(p, x);
+  else if (n == kLanes) store(p, x);
+  else store_n(p, x, n);
+}
+
 // f(j, load, store, n) for every vector of `count` elements from j on, n of them: kLanes, and in the last what remains.
 template <class F>
 inline void for_vectors(int64_t count, const F& f) {
@@ -217,6 +225,12 @@ inline f32 exp(f32 x) {
 #else
   return p * from_bits((bits(shifted) << 23) + 0x3f800000u);
 #endif
+}
+
+// 1 / (1 + e^-x).
+inline f32 sigmoid(f32 x) {
+  const f32 e = exp(x < 0.0f ? x : -x), near = 1.0f / (1.0f + e);  // the exponent is not positive: no overflow; NaN stays
+  return x < 0.0f ? e * near : near;
 }
 
 // Round h of a transposition of kLanes vectors exchanges the off-diagonal blocks of size h of each pair a = v[i], b = v[i + h].

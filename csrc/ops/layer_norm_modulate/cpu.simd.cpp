@@ -34,13 +34,6 @@ void put(void* data, Type type, int64_t at, f32 x, int n) {
   });
 }
 
-template <class T>
-void put(T* p, f32 x, int n, bool past_caches) {
-  if (past_caches) stream(p, x);
-  else if (n == kLanes) store(p, x);
-  else store_n(p, x, n);
-}
-
 f32 total(const f32 (&chain)[4]) { return (chain[0] + chain[1]) + (chain[2] + chain[3]); }
 
 // A row's modulation in float32, made again when the sample changes, or for every row where it is a token's own:
@@ -103,7 +96,7 @@ void forward_rows(const Sizes& n, const Forward& a, int64_t begin, int64_t end, 
       f32 v = get(x + j);
       if constexpr (residual) {
         v += get(c.gate + j) * get(y + j);
-        put(out + j, v, count, a.stream);
+        store_n(out + j, v, count, a.stream);
       }
       if constexpr (norm) {
         if constexpr (residual) v = rounded<T>(v);
@@ -125,7 +118,7 @@ void forward_rows(const Sizes& n, const Forward& a, int64_t begin, int64_t end, 
       s.finish(reduce_add(total(sum)), reduce_add(total(squares)), D, a.m.eps);
       for_vectors(D, [&](int64_t j, const auto& get, const auto&, int count) {
         const f32 normal = ((get(z + j) - s.mean) - s.rest) * s.rstd;
-        put(h + j, normal * get(c.gain + j) + get(c.offset + j), count, a.stream);
+        store_n(h + j, normal * get(c.gain + j) + get(c.offset + j), count, a.stream);
       });
     }
   }
@@ -174,11 +167,11 @@ void backward_rows(const Sizes& n, const Backward& a, int64_t b, int64_t begin, 
       const f32 normal = ((get(x + j) - z.mean) - z.rest) * z.rstd, dhj = get(dh + j);
       f32 dz = (dhj * get(c.gain + j) - mean_g - normal * mean_gn) * z.rstd;
       if (dout) dz += get(dout + j);
-      put(dx + j, dz, count, a.stream);
+      store_n(dx + j, dz, count, a.stream);
       if (sum_dh) put_all(sum_dh + j, get(sum_dh + j) + dhj);
       if (sum_dh_normal) put_all(sum_dh_normal + j, get(sum_dh_normal + j) + dhj * normal);
       if constexpr (residual) {
-        if (dy) put(dy + j, dz * get(c.gate + j), count, a.stream);
+        if (dy) store_n(dy + j, dz * get(c.gate + j), count, a.stream);
         if (sum_dz_y) put_all(sum_dz_y + j, get(sum_dz_y + j) + dz * get(y + j));
         if (a.dgate.data && a.m.gate.token) put(a.dgate.data, a.dgate.wide ? Type::f32 : n.type, at + j, dz * get(y + j), count);
       }
@@ -215,7 +208,7 @@ void gate_rows(const Sizes& n, const Backward& a, int64_t b, int64_t begin, int6
     T* dy = static_cast<T*>(a.dy) + at;
     for_vectors(D, [&](int64_t j, const auto& get, const auto& put_all, int count) {
       const f32 dz = get(dout + j), product = dz * get(y + j);
-      put(dy + j, dz * get(c.gate + j), count, a.stream);
+      store_n(dy + j, dz * get(c.gate + j), count, a.stream);
       if (a.m.gate.token) put(a.dgate.data, a.dgate.wide ? Type::f32 : n.type, at + j, product, count);
       else put_all(partial + j, get(partial + j) + product);
     });

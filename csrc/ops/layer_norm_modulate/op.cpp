@@ -16,8 +16,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
-// Results of more bytes than this are stored past the caches: the L3 that a few cores share holds little more.
-constexpr int64_t kStreamed = int64_t{16} << 20;
 // Elements worth waking a thread for.
 constexpr int64_t kGrain = 16384;
 // Pieces that a call is cut into, at least, where it is large: enough for this many threads, few enough that their sums cost nothing.
@@ -40,10 +38,7 @@ Gradient gradient(const Tensor& x) { return {x.numel() ? x.mutable_data_ptr() : 
 
 Sizes sizes(const Tensor& x) { return {type_of(x), x.size(0), x.size(1), x.size(2)}; }
 
-bool streamed(const Tensor& out) {
-  const int64_t bytes = out.numel() * out.element_size();
-  return bytes > kStreamed && out.size(2) * out.element_size() % 64 == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
-}
+bool streamed(const Tensor& out) { return past_caches(out, out.size(2)); }
 
 // f(item, scratch), on one thread where there is little to do.
 template <class F>

@@ -1,5 +1,6 @@
 """The gated linear unit of a transformer's feed-forward layer, with GELU for its gate."""
 
+from ...core.backend import cpu
 from ...core.check import dims, fail, option, tensor
 from ...core.contract import contract
 from . import reference
@@ -24,9 +25,10 @@ def _backward_outputs(dy, x, approximate):
     return x.new_empty(x.shape)
 
 
-GEGLU = contract("geglu(Tensor x, str approximate) -> Tensor", outputs=_outputs, reference=reference.geglu, module=__name__)
+GEGLU = contract("geglu(Tensor x, str approximate) -> Tensor", outputs=_outputs, reference=reference.geglu,
+                 backends=(cpu("geglu"),), module=__name__)
 BACKWARD = contract("geglu_backward(Tensor dy, Tensor x, str approximate) -> Tensor", outputs=_backward_outputs,
-                    reference=reference.geglu_backward, module=__name__)
+                    reference=reference.geglu_backward, backends=(cpu("geglu_backward"),), module=__name__)
 GEGLU.autograd(save=lambda ctx, args, outs: args[:1],
                backward=lambda ctx, dy: (None if dy is None else BACKWARD(dy, *ctx.saved_tensors, ctx.args[1]), None))
 GEGLU.vmap(lambda info, in_dims, x, approximate: (GEGLU(x.movedim(in_dims[0], 0), approximate), 0))
