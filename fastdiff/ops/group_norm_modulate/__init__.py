@@ -2,6 +2,7 @@
 
 import torch
 
+from ...core.backend import cpu
 from ...core.check import beside, dims, fail, integers, number, tensor
 from ...core.contract import contract
 from . import reference
@@ -27,11 +28,10 @@ def _check(op, x, groups, weight, bias, scale, shift, **beside_x):
 
 def _outputs(x, groups, weight, bias, scale, shift, eps, silu):
     _check("group_norm_modulate", x, groups, weight, bias, scale, shift)
-    statistic = x.new_empty((x.shape[0], groups), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return _like(x), statistic, torch.empty_like(statistic)
+    return _like(x), x.new_empty((x.shape[0], groups, 3), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _backward_outputs(dy, x, mean, rstd, groups, weight, bias, scale, shift, eps, silu, wants):
+def _backward_outputs(dy, x, statistics, groups, weight, bias, scale, shift, eps, silu, wants):
     _check("group_norm_modulate_backward", x, groups, weight, bias, scale, shift, dy=dy)
     return _like(x), *(t.new_empty(t.shape) if want else x.new_empty(0)
                        for t, want in zip((weight, bias, scale, shift), wants[1:], strict=True))
@@ -39,24 +39,25 @@ def _backward_outputs(dy, x, mean, rstd, groups, weight, bias, scale, shift, eps
 
 FORWARD = contract(
     "group_norm_modulate(Tensor x, SymInt groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, bool silu) "
-    "-> (Tensor, Tensor, Tensor)", outputs=_outputs, reference=reference.group_norm_modulate, module=__name__)
+    "-> (Tensor, Tensor)", outputs=_outputs, reference=reference.group_norm_modulate, backends=(cpu("group_norm_modulate"),), module=__name__)
 BACKWARD = contract(
-    "group_norm_modulate_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, SymInt groups, Tensor? weight, Tensor? bias, "
+    "group_norm_modulate_backward(Tensor dy, Tensor x, Tensor statistics, SymInt groups, Tensor? weight, Tensor? bias, "
     "Tensor? scale, Tensor? shift, float eps, bool silu, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    outputs=_backward_outputs, reference=reference.group_norm_modulate_backward, module=__name__)
+    outputs=_backward_outputs, reference=reference.group_norm_modulate_backward,
+    backends=(cpu("group_norm_modulate_backward"),), module=__name__)
 
 
 def _save(ctx, args, outs):
-    ctx.mark_non_differentiable(*outs[1:])
-    return args[0], *outs[1:], *args[2:6]
+    ctx.mark_non_differentiable(outs[1])
+    return args[0], outs[1], *args[2:6]
 
 
 def _backward(ctx, dy, *_):
     if dy is None:
         return (None,) * 8
-    x, mean, rstd, *modulation = ctx.saved_tensors
+    x, statistics, *modulation = ctx.saved_tensors
     wants = [ctx.wants[0], *ctx.wants[2:6]]
-    grads = BACKWARD(dy, x, mean, rstd, ctx.args[1], *modulation, *ctx.args[6:], wants)
+    grads = BACKWARD(dy, x, statistics, ctx.args[1], *modulation, *ctx.args[6:], wants)
     dx, *rest = (g if want else None for g, want in zip(grads, wants, strict=True))
     return dx, None, *rest, None, None
 
@@ -85,7 +86,7 @@ def _mapped(made, shared=(), wants=None):
 
 
 FORWARD.vmap(_mapped(FORWARD, (2, 3)))
-BACKWARD.vmap(_mapped(BACKWARD, (5, 6), 11))
+BACKWARD.vmap(_mapped(BACKWARD, (4, 5), 10))
 
 
 def group_norm_modulate(x, groups, weight, bias, scale=None, shift=None, *, eps=1e-5, silu=True):

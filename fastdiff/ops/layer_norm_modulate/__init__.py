@@ -5,7 +5,7 @@ import torch
 from ...core.backend import cpu
 from ...core.check import beside, dims, number
 from ...core.contract import contract
-from . import reference
+from . import reference, triton
 
 _PER = ("B D", "B N D")  # modulation per sample or per token
 
@@ -47,21 +47,21 @@ def _norm_backward_outputs(dh, dout, x, y, gate, shift, scale, weight, bias, eps
 
 NORM = contract("layer_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps) -> Tensor",
                 outputs=_norm_outputs, reference=reference.layer_norm_modulate,
-                backends=(cpu("layer_norm_modulate"),), module=__name__)
+                backends=(triton.NORM, cpu("layer_norm_modulate")), module=__name__)
 GATE = contract("gate_residual(Tensor x, Tensor y, Tensor gate) -> Tensor", outputs=_gate_outputs, reference=reference.gate_residual,
-                backends=(cpu("gate_residual"),), module=__name__)
+                backends=(triton.GATE, cpu("gate_residual")), module=__name__)
 BOTH = contract("gate_residual_norm_modulate(Tensor x, Tensor y, Tensor gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "
                 "float eps) -> (Tensor, Tensor)", outputs=_both_outputs, reference=reference.gate_residual_norm_modulate,
-                backends=(cpu("gate_residual_norm_modulate"),), module=__name__)
+                backends=(triton.BOTH, cpu("gate_residual_norm_modulate")), module=__name__)
 GATE_BACKWARD = contract("gate_residual_backward(Tensor dout, Tensor y, Tensor gate) -> (Tensor, Tensor)", outputs=_gate_backward_outputs,
                          reference=reference.gate_residual_backward,
-                backends=(cpu("gate_residual_backward"),), module=__name__)
+                backends=(triton.GATE_BACKWARD, cpu("gate_residual_backward")), module=__name__)
 # Of `layer_norm_modulate` (y and gate None) and, with x + gate y for x, of `gate_residual_norm_modulate`. wants: of x, y, gate, shift, ...
 NORM_BACKWARD = contract(
     "layer_norm_modulate_backward(Tensor dh, Tensor? dout, Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, "
     "Tensor? weight, Tensor? bias, float eps, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     outputs=_norm_backward_outputs, reference=reference.layer_norm_modulate_backward,
-                backends=(cpu("layer_norm_modulate_backward"),), module=__name__)
+                backends=(triton.NORM_BACKWARD, cpu("layer_norm_modulate_backward")), module=__name__)
 
 
 def _kept(grads, wants):
