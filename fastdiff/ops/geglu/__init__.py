@@ -3,7 +3,7 @@
 from ...core.backend import cpu
 from ...core.check import dims, fail, option, tensor
 from ...core.contract import contract
-from . import reference
+from . import reference, triton
 
 
 def _layout(x):
@@ -26,9 +26,9 @@ def _backward_outputs(dy, x, approximate):
 
 
 GEGLU = contract("geglu(Tensor x, str approximate) -> Tensor", outputs=_outputs, reference=reference.geglu,
-                 backends=(cpu("geglu"),), module=__name__)
+                 backends=(triton.FORWARD, cpu("geglu")), module=__name__)
 BACKWARD = contract("geglu_backward(Tensor dy, Tensor x, str approximate) -> Tensor", outputs=_backward_outputs,
-                    reference=reference.geglu_backward, backends=(cpu("geglu_backward"),), module=__name__)
+                    reference=reference.geglu_backward, backends=(triton.BACKWARD, cpu("geglu_backward")), module=__name__)
 GEGLU.autograd(save=lambda ctx, args, outs: args[:1],
                backward=lambda ctx, dy: (None if dy is None else BACKWARD(dy, *ctx.saved_tensors, ctx.args[1]), None))
 GEGLU.vmap(lambda info, in_dims, x, approximate: (GEGLU(x.movedim(in_dims[0], 0), approximate), 0))

@@ -5,7 +5,7 @@ import torch
 from ...core.backend import cpu
 from ...core.check import beside, dims, fail, integers, number, tensor
 from ...core.contract import contract
-from . import reference
+from . import reference, triton
 
 _LAYOUTS = {1: "B C w", 2: "B C h w", 3: "B C t h w"}
 
@@ -39,12 +39,12 @@ def _backward_outputs(dy, x, statistics, groups, weight, bias, scale, shift, eps
 
 FORWARD = contract(
     "group_norm_modulate(Tensor x, SymInt groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, bool silu) "
-    "-> (Tensor, Tensor)", outputs=_outputs, reference=reference.group_norm_modulate, backends=(cpu("group_norm_modulate"),), module=__name__)
+    "-> (Tensor, Tensor)", outputs=_outputs, reference=reference.group_norm_modulate, backends=(triton.FORWARD, cpu("group_norm_modulate")), module=__name__)
 BACKWARD = contract(
     "group_norm_modulate_backward(Tensor dy, Tensor x, Tensor statistics, SymInt groups, Tensor? weight, Tensor? bias, "
     "Tensor? scale, Tensor? shift, float eps, bool silu, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     outputs=_backward_outputs, reference=reference.group_norm_modulate_backward,
-    backends=(cpu("group_norm_modulate_backward"),), module=__name__)
+    backends=(triton.BACKWARD, cpu("group_norm_modulate_backward")), module=__name__)
 
 
 def _save(ctx, args, outs):
