@@ -511,3 +511,54 @@ for _name, _there, _dct, _idct, _takes in (
     if _there:
         for _op, _run in {"dct": _dct, "idct": _idct, **_by_transforms(_dct, _idct)}.items():
             _add(_op, _name, _run, lambda x=None, z=None, _takes=_takes, **o: _takes(z if x is None else x, **o))
+
+if scipy:
+    _add("dct", "scipy", _scipy("dctn"), _scipy_takes)
+    _add("idct", "scipy", _scipy("idctn"), _scipy_takes)
+    for _op, _run in _by_transforms(_scipy("dctn"), _scipy("idctn")).items():
+        _add(_op, "scipy", _run, lambda x=None, z=None, **_: _scipy_takes(z if x is None else x))
+if torch_dct:
+    _add("dct", "torch-dct", _torch_dct("dct"), _torch_dct_takes)
+    _add("idct", "torch-dct", _torch_dct("idct"), _torch_dct_takes)
+    for _op, _run in _by_transforms(_torch_dct("dct"), _torch_dct("idct")).items():
+        _add(_op, "torch-dct", _run, lambda x=None, z=None, **_: _torch_dct_takes(z if x is None else x))
+
+
+# layer_norm_modulate, gate_residual, gate_residual_norm_modulate, group_norm_modulate, geglu: as models write them
+
+def _rows(x):
+    return x.unsqueeze(1) if x.dim() == 2 else x
+
+
+def _layer_norm(x, shift, scale, weight, bias, eps):
+    y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    y = y if scale is None else y * (1 + _rows(scale))
+    return (y if shift is None else y + _rows(shift)).to(x.dtype)
+
+
+def _gated(x, y, gate):
+    return (x + _rows(gate) * y).to(x.dtype)
+
+
+def _gated_norm(x, y, gate, shift, scale, weight, bias, eps):
+    out = _gated(x, y, gate)
+    return out, _layer_norm(out, shift, scale, weight, bias, eps)
+
+
+def _group_norm(x, groups, weight, bias, scale, shift, eps, silu):
+    y, channels = F.group_norm(x, groups, weight, bias, eps), (..., *(None,) * (x.dim() - 2))
+    y = y if scale is None else y * (1 + scale[channels])
+    y = (y if shift is None else y + shift[channels]).to(x.dtype)
+    return F.silu(y) if silu else y
+
+
+def _geglu(x, approximate):
+    a, b = x.chunk(2, -1)
+    return a * F.gelu(b, approximate=approximate)
+
+
+_eager("layer_norm_modulate", _layer_norm)
+_eager("gate_residual", _gated)
+_eager("gate_residual_norm_modulate", _gated_norm)
+_eager("group_norm_modulate", _group_norm)
+_eager("geglu", _geglu)

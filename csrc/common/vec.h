@@ -227,11 +227,18 @@ inline f32 exp(f32 x) {
 #endif
 }
 
-// 1 / (1 + e^-x).
-inline f32 sigmoid(f32 x) {
-  const f32 e = exp(x < 0.0f ? x : -x), near = 1.0f / (1.0f + e);  // the exponent is not positive: no overflow; NaN stays
-  return x < 0.0f ? e * near : near;
+// 1 / x of a normal x, to a rounding or two.
+inline f32 reciprocal(f32 x) {
+#if defined(__AVX512F__)
+  const f32 r = (f32)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return r * (2.0f - x * r);  // a division would take three times as long
+#else
+  return 1.0f / x;
+#endif
 }
+
+// 1 / (1 + e^-x); below -87.9, and for NaN, e^-87.9.
+inline f32 sigmoid(f32 x) { return reciprocal(1.0f + exp(-x < 87.9f ? -x : splat(87.9f))); }
 
 // Round h of a transposition of kLanes vectors exchanges the off-diagonal blocks of size h of each pair a = v[i], b = v[i + h].
 template <int h>

@@ -27,6 +27,7 @@ class OneOf:
 class Array:
     """A floating tensor of this shape. `masks` lets -inf stand in it (an additive mask); `dtype` fixes its dtype whatever the run's;
     `scale` is its standard deviation in benchmarks (a weight's keeps scores moderate). `either`: float32 is legal beside a narrower run.
+    `last`: benchmarks lay it out channels last.
     """
 
     shape: tuple
@@ -35,6 +36,7 @@ class Array:
     dtype: str | None = None
     scale: float = 1.0
     either: bool = False
+    last: bool = False
 
 
 @dataclass(frozen=True)

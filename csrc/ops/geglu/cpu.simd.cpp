@@ -15,7 +15,7 @@ struct Gate {
 // The normal distribution, Phi(x), and its density. Phi(-t) e^(t^2/2) is a polynomial of u = 1 / (1 + 0.21 t) times u, to 2e-8 of itself up to t = 14,
 // where Phi is below the smallest float32.
 inline Gate exact(f32 x) {
-  const f32 t = x < 0.0f ? -x : x, density = exp(-0.5f * t * t), u = 1.0f / (1.0f + 0.21f * t);
+  const f32 t = x < 0.0f ? -x : x, density = exp(-0.5f * t * t), u = reciprocal(1.0f + 0.21f * (t < 14.0f ? t : splat(14.0f)));
   f32 p = u * -0x1.2582c6p-4f + 0x1.22671cp-2f;
   p = p * u + -0x1.52324ep-2f;
   p = p * u + 0x1.65ce80p-2f;

@@ -38,20 +38,30 @@ Statistics statistics(const Moments& m, float eps) {
   return {mean, static_cast<float>(m.mean - mean), static_cast<float>(1.0 / __builtin_sqrt(var))};
 }
 
-// Of at most kBlock elements: deviations are taken from the mean as rounded, and their own mean corrects it.
+// Sums of x - from and its square.
 template <class T>
-Moments moments(const T* x, int64_t n) {
-  f32 sum[4] = {}, squares[4] = {};
-  for_chains(n, [&](int u, int64_t j, const auto& get, const auto&, int) { sum[u] += get(x + j); });
-  const float mean = reduce_add(total(sum)) / n;
-  for (f32& v : sum) v = f32{};
+void deviations(const T* x, int64_t n, float from, double& sum, double& squares) {
+  f32 d1[4] = {}, d2[4] = {};
   for_chains(n, [&](int u, int64_t j, const auto& get, const auto&, int count) {
-    const f32 d = keep_n(get(x + j) - mean, count, 0.0f);
-    sum[u] += d;
-    squares[u] += d * d;
+    const f32 d = keep_n(get(x + j) - from, count, 0.0f);
+    d1[u] += d;
+    d2[u] += d * d;
   });
-  const double rest = reduce_add(total(sum)) / static_cast<double>(n);
-  return {static_cast<double>(n), mean + rest, reduce_add(total(squares)) - rest * rest * n};
+  sum = reduce_add(total(d1)), squares = reduce_add(total(d2));
+}
+
+// Of at most kBlock elements, from their deviations from a guess of the mean; again from a better one if the guess is further off than the
+// elements vary, so that the difference of squares costs a bit at most.
+template <class T>
+Moments moments(const T* x, int64_t n, float guess) {
+  double sum, squares;
+  deviations(x, n, guess, sum, squares);
+  if (!(sum * sum <= 0.5 * squares * n)) {
+    guess += static_cast<float>(sum / n);
+    deviations(x, n, guess, sum, squares);
+  }
+  const double m2 = squares - sum * sum / n;
+  return {static_cast<double>(n), guess + sum / n, m2 < 0.0 ? 0.0 : m2};
 }
 
 // Per channel: normal = (x - mean) rstd - rest, y = normal gain + offset.
@@ -102,7 +112,11 @@ Moments group_moments(const Shape& s, const Image& x, int64_t b, int64_t first) 
   const int64_t rows = run ? 1 : width, length = run ? width * s.P : s.P;
   Moments all{};
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t p = 0; p < length; p += kBlock) join_into(all, moments(row<T>(x, b, first + r) + p, length - p < kBlock ? length - p : kBlock));
+    for (int64_t p = 0; p < length; p += kBlock) {
+      const T* block = row<T>(x, b, first + r) + p;
+      const int64_t n = length - p < kBlock ? length - p : kBlock, few = n < kLanes ? n : kLanes;
+      join_into(all, moments(block, n, all.n ? static_cast<float>(all.mean) : reduce_add(load_n(block, static_cast<int>(few))) / few));
+    }
   return all;
 }
 

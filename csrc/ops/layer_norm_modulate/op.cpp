@@ -38,6 +38,12 @@ Gradient gradient(const Tensor& x) { return {x.numel() ? x.mutable_data_ptr() : 
 
 Sizes sizes(const Tensor& x) { return {type_of(x), x.size(0), x.size(1), x.size(2)}; }
 
+// The memory of a result.
+void* written(const Tensor& out) {
+  prepare(out);
+  return out.numel() ? out.mutable_data_ptr() : nullptr;
+}
+
 bool streamed(const Tensor& out) { return past_caches(out, out.size(2)); }
 
 // f(item, scratch), on one thread where there is little to do.
@@ -76,27 +82,27 @@ void run_backward(const Sizes& n, const Backward& a) {
 void layer_norm_modulate(const Tensor& x, const Maybe& shift, const Maybe& scale, const Maybe& weight, const Maybe& bias, double eps, const Tensor& h) {
   if (h.numel() == 0) return;
   const Maybe X = with_rows(x), S = with_rows(shift), C = with_rows(scale), W = with_rows(weight), O = with_rows(bias);
-  run_forward(sizes(x), {rows(X), {}, {{}, operand(S), operand(C), operand(W), operand(O), static_cast<float>(eps)}, nullptr, h.mutable_data_ptr(), streamed(h)});
+  run_forward(sizes(x), {rows(X), {}, {{}, operand(S), operand(C), operand(W), operand(O), static_cast<float>(eps)}, nullptr, written(h), streamed(h)});
 }
 
 void gate_residual(const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& out) {
   if (out.numel() == 0) return;
   const Maybe X = with_rows(x), Y = with_rows(y), G = with_rows(gate);
-  run_forward(sizes(x), {rows(X), rows(Y), {operand(G), {}, {}, {}, {}, 0.0f}, out.mutable_data_ptr(), nullptr, streamed(out)});
+  run_forward(sizes(x), {rows(X), rows(Y), {operand(G), {}, {}, {}, {}, 0.0f}, written(out), nullptr, streamed(out)});
 }
 
 void gate_residual_norm_modulate(const Tensor& x, const Tensor& y, const Tensor& gate, const Maybe& shift, const Maybe& scale, const Maybe& weight,
                                  const Maybe& bias, double eps, const Tensor& out, const Tensor& h) {
   if (out.numel() == 0) return;
   const Maybe X = with_rows(x), Y = with_rows(y), G = with_rows(gate), S = with_rows(shift), C = with_rows(scale), W = with_rows(weight), O = with_rows(bias);
-  run_forward(sizes(x), {rows(X), rows(Y), {operand(G), operand(S), operand(C), operand(W), operand(O), static_cast<float>(eps)}, out.mutable_data_ptr(),
-                         h.mutable_data_ptr(), streamed(out) && streamed(h)});
+  run_forward(sizes(x), {rows(X), rows(Y), {operand(G), operand(S), operand(C), operand(W), operand(O), static_cast<float>(eps)}, written(out),
+                         written(h), streamed(out) && streamed(h)});
 }
 
 void gate_residual_backward(const Tensor& dout, const Tensor& y, const Tensor& gate, const Tensor& dy, const Tensor& dgate) {
   if (dgate.numel() == 0) return;
   const Maybe D = with_rows(dout), Y = with_rows(y), G = with_rows(gate);
-  run_backward(sizes(y), {{}, rows(D), {}, rows(Y), {operand(G), {}, {}, {}, {}, 0.0f}, nullptr, dy.numel() ? dy.mutable_data_ptr() : nullptr,
+  run_backward(sizes(y), {{}, rows(D), {}, rows(Y), {operand(G), {}, {}, {}, {}, 0.0f}, nullptr, written(dy),
                           gradient(dgate), {}, {}, {}, {}, streamed(dy)});
 }
 
@@ -108,7 +114,7 @@ void layer_norm_modulate_backward(const Tensor& dh, const Maybe& dout, const Ten
   const Maybe H = with_rows(dh), D = with_rows(dout), X = with_rows(x), Y = with_rows(y), G = with_rows(gate), S = with_rows(shift), C = with_rows(scale),
               W = with_rows(weight), O = with_rows(bias);
   run_backward(n, {rows(H), rows(D), rows(X), rows(Y), {operand(G), operand(S), operand(C), operand(W), operand(O), static_cast<float>(eps)},
-                   dx.mutable_data_ptr(), dy.numel() ? dy.mutable_data_ptr() : nullptr, gradient(dgate), gradient(dshift), gradient(dscale),
+                   written(dx), written(dy), gradient(dgate), gradient(dshift), gradient(dscale),
                    gradient(dweight), gradient(dbias), streamed(dx) && (dy.numel() == 0 || streamed(dy))});
 }
 
