@@ -572,3 +572,43 @@ for _op, _run in {"add_noise": _eager_add_noise, "guide": _eager_guide, "denoise
                   "denoise_step": lambda **arguments: _eager_denoise_step_with_x0(**arguments)[0], "to_bits": _eager_to_bits,
                   "from_bits": _eager_from_bits}.items():
     _eager(_op, _run)
+
+
+# layer_norm_modulate, gate_residual, gate_residual_norm_modulate, group_norm_modulate, geglu: as models write them
+
+def _rows(x):
+    return x.unsqueeze(1) if x.dim() == 2 else x
+
+
+def _layer_norm(x, shift, scale, weight, bias, eps):
+    y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    y = y if scale is None else y * (1 + _rows(scale))
+    return (y if shift is None else y + _rows(shift)).to(x.dtype)
+
+
+def _gated(x, y, gate):
+    return (x + _rows(gate) * y).to(x.dtype)
+
+
+def _gated_norm(x, y, gate, shift, scale, weight, bias, eps):
+    out = _gated(x, y, gate)
+    return out, _layer_norm(out, shift, scale, weight, bias, eps)
+
+
+def _group_norm(x, groups, weight, bias, scale, shift, eps, silu):
+    y, channels = F.group_norm(x, groups, weight, bias, eps), (..., *(None,) * (x.dim() - 2))
+    y = y if scale is None else y * (1 + scale[channels])
+    y = (y if shift is None else y + shift[channels]).to(x.dtype)
+    return F.silu(y) if silu else y
+
+
+def _geglu(x, approximate):
+    a, b = x.chunk(2, -1)
+    return a * F.gelu(b, approximate=approximate)
+
+
+_eager("layer_norm_modulate", _layer_norm)
+_eager("gate_residual", _gated)
+_eager("gate_residual_norm_modulate", _gated_norm)
+_eager("group_norm_modulate", _group_norm)
+_eager("geglu", _geglu)

@@ -132,6 +132,32 @@ inline void store_n(T* p, f32 x, int n) {
 inline void store_n(float* p, f32 x, int n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)x); }
 #endif
 
+// Stores past the caches, for results that do not fit there: the line is not read first. p is a multiple of the vector's size;
+// stream_end() orders them before what the thread writes next.
+#if defined(__AVX512F__)
+inline void stream(float* p, f32 x) { _mm512_stream_ps(p, (__m512)x); }
+template <class T>
+inline void stream(T* p, f32 x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)from_f32(x, T{})); }
+inline void stream_end() { _mm_sfence(); }
+#elif defined(__AVX2__)
+inline void stream(float* p, f32 x) { _mm256_stream_ps(p, (__m256)x); }
+template <class T>
+inline void stream(T* p, f32 x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)from_f32(x, T{})); }
+inline void stream_end() { _mm_sfence(); }
+#else
+template <class T>
+inline void stream(T* p, f32 x) { store(p, x); }
+inline void stream_end() {}
+#endif
+
+// The first n elements; past the caches if that is so, and then they are a whole vector.
+template <class T>
+inline void store_n(T* p, f32 x, int n, bool past_caches) {
+  if (past_caches) stream(p, x);
+  else if (n == kLanes) store(p, x);
+  else store_n(p, x, n);
+}
+
 // f(j, load, store, n) for every vector of `count` elements from j on, n of them: kLanes, and in the last what remains.
 template <class F>
 inline void for_vectors(int64_t count, const F& f) {
@@ -141,22 +167,16 @@ inline void for_vectors(int64_t count, const F& f) {
     f(j, [n](const auto* p) { return load_n(p, n); }, [n](auto* p, f32 x) { store_n(p, x, n); }, n);
 }
 
-// Past the cache, to memory that is written whole and read by nobody soon. p is aligned to the vector; end with fence().
-#if defined(__AVX512F__)
-inline void stream(float* p, f32 x) { _mm512_stream_ps(p, (__m512)x); }
-template <class T>
-inline void stream(T* p, f32 x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)from_f32(x, T{})); }
-inline void fence() { _mm_sfence(); }
-#elif defined(__AVX2__)
-inline void stream(float* p, f32 x) { _mm256_stream_ps(p, (__m256)x); }
-template <class T>
-inline void stream(T* p, f32 x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)from_f32(x, T{})); }
-inline void fence() { _mm_sfence(); }
-#else
-template <class T>
-inline void stream(T* p, f32 x) { store(p, x); }
-inline void fence() {}
-#endif
+// The same with f(chain, j, load, store, n): neighbouring vectors belong to different ones of 4 chains, so that a sum kept per chain does
+// not wait for itself.
+template <class F>
+inline void for_chains(int64_t count, const F& f) {
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= count; j += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) f(u, j + u * kLanes, [](const auto* p) { return load(p); }, [](auto* p, f32 x) { store(p, x); }, kLanes);
+  for_vectors(count - j, [&](int64_t k, const auto& get, const auto& put, int n) { f(0, j + k, get, put, n); });
+}
 
 // p[j] = f(j, load) for `count` elements, a vector at a time. past: written past the cache where p is aligned.
 template <class T, class F>
@@ -164,7 +184,7 @@ inline void fill(T* p, int64_t count, bool past, const F& f) {
   int64_t j = 0;
   if (past && reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(T)) == 0) {
     for (; j + kLanes <= count; j += kLanes) stream(p + j, f(j, [](const auto* q) { return load(q); }));
-    fence();
+    stream_end();
   }
   for_vectors(count - j, [&](int64_t i, const auto& get, const auto& put, int) { put(p + j + i, f(j + i, get)); });
 }
@@ -217,6 +237,19 @@ inline f32 exp(f32 x) {
   return p * from_bits((bits(shifted) << 23) + 0x3f800000u);
 #endif
 }
+
+// 1 / x of a normal x, to a rounding or two.
+inline f32 reciprocal(f32 x) {
+#if defined(__AVX512F__)
+  const f32 r = (f32)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return r * (2.0f - x * r);  // a division would take three times as long
+#else
+  return 1.0f / x;
+#endif
+}
+
+// 1 / (1 + e^-x); below -87.9, and for NaN, e^-87.9.
+inline f32 sigmoid(f32 x) { return reciprocal(1.0f + exp(-x < 87.9f ? -x : splat(87.9f))); }
 
 // Round h of a transposition of kLanes vectors exchanges the off-diagonal blocks of size h of each pair a = v[i], b = v[i + h].
 template <int h>

@@ -17,6 +17,7 @@ def make(arguments, dtype, device, grad=False, seed=0):
             if spec.within:
                 x = spec.within[0] + (spec.within[1] - spec.within[0]) * torch.sigmoid(x)
             x = x.to(device, getattr(torch, _wider(spec.dtype, dtype)))
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1) if spec.last else x
             made[name] = x.requires_grad_(grad and spec.grad)
         elif isinstance(spec, Integers):
             made[name] = torch.randint(spec.low, spec.high + 1, spec.shape, generator=generator).to(device, getattr(torch, spec.dtype))

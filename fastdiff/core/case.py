@@ -27,7 +27,8 @@ class OneOf:
 class Array:
     """A floating tensor of this shape. `masks` lets -inf stand in it (an additive mask); `dtype` fixes its dtype whatever the run's;
     `scale` is its standard deviation in benchmarks (a weight's keeps scores moderate). within: (low, high) between which its values lie.
-    number: a Python number may stand in its place.
+    number: a Python number may stand in its place. `either`: float32 is legal beside a narrower run. `last`: benchmarks lay it out
+    channels last.
     """
 
     shape: tuple
@@ -37,6 +38,8 @@ class Array:
     scale: float = 1.0
     within: tuple | None = None
     number: bool = False
+    either: bool = False
+    last: bool = False
 
 
 @dataclass(frozen=True)

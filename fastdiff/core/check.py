@@ -52,6 +52,29 @@ def dims(op, **arrays):
     return sizes
 
 
+def beside(op, x, sizes, **arrays):
+    """Refuses `name=(tensor, layout, ...)` unless of one of the layouts ("B D") with these sizes, x's dtype or float32, and x's device.
+
+    None tensors are skipped; float32 stands beside narrower x alone.
+    """
+    for name, (given, *layouts) in arrays.items():
+        if given is None:
+            continue
+        layout = next((axes for axes in map(str.split, layouts) if len(axes) == tensor(op, name, given).dim()), None)
+        if layout is None:
+            wanted = " or ".join(f"({axes.replace(' ', ', ')})" for axes in layouts)
+            fail(op, f"{name} wants {wanted}, got {tuple(given.shape)}")
+        for axis, size in zip(layout, given.shape, strict=True):
+            if size != sizes[axis]:
+                fail(op, f"{name} has {axis} = {size}, but x has {axis} = {sizes[axis]}")
+        if given.dtype != x.dtype and (given.dtype != torch.float32 or x.dtype == torch.float64):
+            wanted = x.dtype if x.dtype in (torch.float32, torch.float64) else f"{x.dtype} or torch.float32"
+            fail(op, f"{name} wants {wanted} beside x of {x.dtype}, got {given.dtype}")
+        if given.device != x.device:
+            fail(op, f"{name} is on {given.device}, but x is on {x.device}")
+        _strided(op, name, given)
+
+
 def _strided(op, name, x):
     if x.layout is not torch.strided:
         fail(op, f"{name} wants a strided (dense) tensor, got {x.layout}")
@@ -96,6 +119,15 @@ def option(op, name, value, choices):
     if not isinstance(value, str) or value not in choices:
         fail(op, f"{name} wants one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
+
+
+def number(op, name, value, *, least=-float("inf")):
+    """value, if it is a number, at least `least` and finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{op}: {name} wants a float, got {value!r}")
+    if not least <= value < float("inf"):
+        fail(op, f"{name} wants a finite number{'' if least == -float('inf') else f', at least {least}'}, got {value!r}")
+    return float(value)
 
 
 def integers(op, name, value, length=None, *, least=1):

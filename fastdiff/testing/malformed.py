@@ -99,7 +99,8 @@ def mutations(subject, example):
             add("sparse", lambda x=x: x.to_sparse())
             if len(arrays) > 1:
                 other = torch.float16 if x.dtype == torch.float32 else torch.float32
-                disagrees = spec.dtype is not None or sum(specs[a].dtype is None for a in arrays) > 1
+                strict = [a for a in arrays if specs[a].dtype is None and not specs[a].either]
+                disagrees = not spec.either and (spec.dtype is not None or len(strict) > 1)
                 add(f"of {other} beside others", lambda x=x, other=other: x.to(other), disagrees)
         elif x.numel():
             for text, value in (("below its range", spec.low - 1), ("above its range", spec.high + 1)):

@@ -1,6 +1,7 @@
 #include "ops/denoise_step/op.h"
 
 #include <torch/csrc/stable/library.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -20,6 +21,16 @@ using torch::stable::Tensor;
 
 // Pieces per thread worth waking one for, in elements.
 constexpr int64_t kGrain = 32768;
+
+// Whether a pass over `images` arrays of y's size takes more than a quarter of the last-level cache (of 32 MiB where its size is not known):
+// from there on writing past it is faster (1.2 times at 9 MB, 1.8 times at 19 MB, of 32 MB that other cores use too, on Zen 4).
+bool past_cache(const Tensor& y, int64_t images) {
+  static const int64_t cache = [] {
+    const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    return (bytes > 0 ? bytes : int64_t{32} << 20) / 4;
+  }();
+  return images * y.numel() * static_cast<int64_t>(y.element_size()) > cache;
+}
 
 Shape shape_of(const Tensor& y, int images) {
   const int64_t batch = y.size(0), size = batch ? y.numel() / batch : 0;

@@ -1,0 +1,309 @@
+#include "ops/group_norm_modulate/op.h"
+
+#include "common/vec.h"
+
+namespace fastdiff::group_norm_modulate::FASTDIFF_ISA {
+namespace {
+
+using namespace fastdiff::FASTDIFF_ISA;
+
+constexpr int64_t kBlock = 4096;  // elements that two passes find in the first-level cache
+
+float read(const Operand& x, Type type, int64_t b, int64_t c, float absent) {
+  if (!x.data) return absent;
+  float v = 0.0f;
+  typed(x.wide ? Type::f32 : type, [&]<class T>() { v = load_one(static_cast<const T*>(x.data) + b * x.b + c); });
+  return v;
+}
+
+template <class T>
+const T* row(const Image& x, int64_t b, int64_t i) {
+  return static_cast<const T*>(x.data) + b * x.b + i * x.step;
+}
+
+f32 total(const f32 (&chain)[4]) { return (chain[0] + chain[1]) + (chain[2] + chain[3]); }
+
+// Chan's rule: no cancellation, however far the means lie from zero.
+void join_into(Moments& a, const Moments& b) {
+  const double n = a.n + b.n, d = b.mean - a.mean;
+  if (b.n == 0.0) return;
+  a.mean += d * (b.n / n);
+  a.m2 += b.m2 + d * d * (a.n * b.n / n);
+  a.n = n;
+}
+
+Statistics statistics(const Moments& m, float eps) {
+  const double var = m.m2 / m.n + eps;
+  const float mean = static_cast<float>(m.mean);
+  return {mean, static_cast<float>(m.mean - mean), static_cast<float>(1.0 / __builtin_sqrt(var))};
+}
+
+// Sums of x - from and its square.
+template <class T>
+void deviations(const T* x, int64_t n, float from, double& sum, double& squares) {
+  f32 d1[4] = {}, d2[4] = {};
+  for_chains(n, [&](int u, int64_t j, const auto& get, const auto&, int count) {
+    const f32 d = keep_n(get(x + j) - from, count, 0.0f);
+    d1[u] += d;
+    d2[u] += d * d;
+  });
+  sum = reduce_add(total(d1)), squares = reduce_add(total(d2));
+}
+
+// Of at most kBlock elements, from their deviations from a guess of the mean; again from a better one if the guess is further off than the
+// elements vary, so that the difference of squares costs a bit at most.
+template <class T>
+Moments moments(const T* x, int64_t n, float guess) {
+  double sum, squares;
+  deviations(x, n, guess, sum, squares);
+  if (!(sum * sum <= 0.5 * squares * n)) {
+    guess += static_cast<float>(sum / n);
+    deviations(x, n, guess, sum, squares);
+  }
+  const double m2 = squares - sum * sum / n;
+  return {static_cast<double>(n), guess + sum / n, m2 < 0.0 ? 0.0 : m2};
+}
+
+// Per channel: normal = (x - mean) rstd - rest, y = normal gain + offset.
+struct Channels {
+  float *mean, *rstd, *rest, *gain, *offset;
+
+  Channels(const Shape& s, const Modulation& m, const Statistics* groups, int64_t b, int64_t begin, int64_t end, float* scratch) {
+    const int64_t step = stride(s), width = s.C / s.groups;
+    mean = scratch, rstd = mean + step, rest = rstd + step, gain = rest + step, offset = gain + step;
+    for (int64_t c = begin; c < end; ++c) {
+      const Statistics& g = groups[b * s.groups + c / width];
+      const float scale = 1.0f + read(m.scale, s.type, b, c, 0.0f);
+      mean[c] = g.mean, rstd[c] = g.rstd, rest[c] = g.rest * g.rstd;
+      gain[c] = read(m.weight, s.type, 0, c, 1.0f) * scale;
+      offset[c] = read(m.bias, s.type, 0, c, 0.0f) * scale + read(m.shift, s.type, b, c, 0.0f);
+    }
+  }
+};
+
+template <bool silu>
+f32 activated(f32 y) {
+  if constexpr (silu) return y * sigmoid(y);
+  else return y;
+}
+
+// dy times the slope of SiLU at y.
+template <bool silu>
+f32 through(f32 dy, f32 y) {
+  if constexpr (!silu) return dy;
+  const f32 s = sigmoid(y);
+  return dy * (s * (1.0f + y * (1.0f - s)));
+}
+
+// f<T, silu>() with both known at compile time.
+template <class F>
+void dispatch(const Shape& s, const Modulation& m, const F& f) {
+  typed(s.type, [&]<class T>() {
+    if (m.silu) f.template operator()<T, true>();
+    else f.template operator()<T, false>();
+  });
+}
+
+// Channels first: a group is width rows of P pixels, or one run of memory.
+template <class T>
+Moments group_moments(const Shape& s, const Image& x, int64_t b, int64_t first) {
+  const int64_t width = s.C / s.groups;
+  const bool run = x.step == s.P || width == 1;
+  const int64_t rows = run ? 1 : width, length = run ? width * s.P : s.P;
+  Moments all{};
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t p = 0; p < length; p += kBlock) {
+      const T* block = row<T>(x, b, first + r) + p;
+      const int64_t n = length - p < kBlock ? length - p : kBlock, few = n < kLanes ? n : kLanes;
+      join_into(all, moments(block, n, all.n ? static_cast<float>(all.mean) : reduce_add(load_n(block, static_cast<int>(few))) / few));
+    }
+  return all;
+}
+
+void forward(const Shape& s, const Forward& a, int64_t begin, int64_t end, float* scratch) {
+  const int64_t width = s.C / s.groups;
+  dispatch(s, a.m, [&]<class T, bool silu>() {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / s.groups, first = i % s.groups * width;
+      a.statistics[i] = statistics(group_moments<T>(s, a.x, b, first), a.m.eps);
+      const Channels k(s, a.m, a.statistics, b, first, first + width, scratch);
+      for (int64_t c = first; c < first + width; ++c) {
+        const T* x = row<T>(a.x, b, c);
+        T* y = static_cast<T*>(a.y) + (b * s.C + c) * s.P;
+        const float mean = k.mean[c], rstd = k.rstd[c], rest = k.rest[c], gain = k.gain[c], offset = k.offset[c];
+        for_vectors(s.P, [&](int64_t j, const auto& get, const auto&, int n) {
+          store_n(y + j, activated<silu>(((get(x + j) - mean) * rstd - rest) * gain + offset), n, a.stream);
+        });
+      }
+    }
+  });
+  if (a.stream) stream_end();
+}
+
+void backward(const Shape& s, const Backward& a, float* sums, int64_t begin, int64_t end, float* scratch) {
+  const int64_t width = s.C / s.groups;
+  dispatch(s, a.m, [&]<class T, bool silu>() {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / s.groups, first = i % s.groups * width;
+      const Channels k(s, a.m, a.statistics, b, first, first + width, scratch);
+      float *sum = sums + b * 2 * stride(s), *sum_normal = sum + stride(s);
+      double mean_g = 0.0, mean_gn = 0.0;  // of g = dy gain, the gradient of normal, and of g normal
+      for (int64_t c = first; c < first + width; ++c) {
+        const float mean = k.mean[c], rstd = k.rstd[c], rest = k.rest[c], gain = k.gain[c], offset = k.offset[c];
+        double all = 0.0, all_normal = 0.0;
+        for (int64_t p = 0; p < s.P; p += kBlock) {
+          const T *x = row<T>(a.x, b, c) + p, *dy = row<T>(a.dy, b, c) + p;
+          f32 g[4] = {}, gn[4] = {};
+          for_chains(s.P - p < kBlock ? s.P - p : kBlock, [&](int u, int64_t j, const auto& get, const auto&, int) {
+            const f32 normal = (get(x + j) - mean) * rstd - rest, d = through<silu>(get(dy + j), normal * gain + offset);
+            g[u] += d;
+            gn[u] += d * normal;
+          });
+          all += reduce_add(total(g));
+          all_normal += reduce_add(total(gn));
+        }
+        sum[c] = static_cast<float>(all), sum_normal[c] = static_cast<float>(all_normal);
+        mean_g += gain * all, mean_gn += gain * all_normal;
+      }
+      const float m = static_cast<float>(mean_g / (width * s.P)), mn = static_cast<float>(mean_gn / (width * s.P));
+      for (int64_t c = first; c < first + width; ++c) {
+        const T *x = row<T>(a.x, b, c), *dy = row<T>(a.dy, b, c);
+        T* dx = static_cast<T*>(a.dx) + (b * s.C + c) * s.P;
+        const float mean = k.mean[c], rstd = k.rstd[c], rest = k.rest[c], gain = k.gain[c], offset = k.offset[c];
+        for_vectors(s.P, [&](int64_t j, const auto& get, const auto&, int n) {
+          const f32 normal = (get(x + j) - mean) * rstd - rest, d = through<silu>(get(dy + j), normal * gain + offset);
+          store_n(dx + j, (d * gain - m - normal * mn) * rstd, n, a.stream);
+        });
+      }
+    }
+  });
+  if (a.stream) stream_end();
+}
+
+// Channels last. Blocks of pixels stay in cache for two passes; each channel's deviations are from its own mean in the block.
+void pixel_moments(const Shape& s, const Image& x, int64_t b, int64_t begin, int64_t end, Moments* groups, float* scratch) {
+  const int64_t step = stride(s), width = s.C / s.groups, fit = 4 * kBlock / s.C, least = fit < 8 ? 8 : fit;
+  float *mean = scratch, *sum = mean + step, *squares = sum + step;
+  for (int64_t g = 0; g < s.groups; ++g) groups[g] = {};
+  typed(s.type, [&]<class T>() {
+    for (int64_t first = begin; first < end; first += least) {
+      const int64_t n = end - first < least ? end - first : least;
+      std::memset(scratch, 0, 3 * step * sizeof(float));
+      for (int64_t p = first; p < first + n; ++p) {
+        const T* pixel = row<T>(x, b, p);
+        for_vectors(s.C, [&](int64_t j, const auto& get, const auto&, int) { store(mean + j, load(mean + j) + get(pixel + j)); });
+      }
+      for (int64_t j = 0; j < step; j += kLanes) store(mean + j, load(mean + j) / static_cast<float>(n));
+      for (int64_t p = first; p < first + n; ++p) {
+        const T* pixel = row<T>(x, b, p);
+        for_vectors(s.C, [&](int64_t j, const auto& get, const auto&, int) {
+          const f32 d = get(pixel + j) - load(mean + j);
+          store(sum + j, load(sum + j) + d);
+          store(squares + j, load(squares + j) + d * d);
+        });
+      }
+      for (int64_t g = 0; g < s.groups; ++g) {
+        const double count = static_cast<double>(n);
+        Moments block{count * width, 0.0, 0.0};
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) block.mean += mean[c] + sum[c] / count;
+        block.mean /= width;
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+          const double rest = sum[c] / count, d = mean[c] + rest - block.mean;
+          block.m2 += squares[c] - rest * rest * count + d * d * count;
+        }
+        join_into(groups[g], block);
+      }
+    }
+  });
+}
+
+void join(const Shape& s, float eps, int64_t pieces, const Moments* parts, Statistics* groups) {
+  for (int64_t g = 0; g < s.groups; ++g) {
+    Moments all{};
+    for (int64_t p = 0; p < pieces; ++p) join_into(all, parts[p * s.groups + g]);
+    groups[g] = statistics(all, eps);
+  }
+}
+
+void pixel_forward(const Shape& s, const Forward& a, int64_t b, int64_t begin, int64_t end, float* scratch) {
+  const Channels k(s, a.m, a.statistics, b, 0, s.C, scratch);
+  dispatch(s, a.m, [&]<class T, bool silu>() {
+    for (int64_t p = begin; p < end; ++p) {
+      const T* x = row<T>(a.x, b, p);
+      T* y = static_cast<T*>(a.y) + (b * s.P + p) * s.C;
+      for_vectors(s.C, [&](int64_t j, const auto& get, const auto&, int n) {
+        const f32 normal = (get(x + j) - load(k.mean + j)) * load(k.rstd + j) - load(k.rest + j);
+        store_n(y + j, activated<silu>(normal * load(k.gain + j) + load(k.offset + j)), n, a.stream);
+      });
+    }
+  });
+  if (a.stream) stream_end();
+}
+
+void pixel_sums(const Shape& s, const Backward& a, int64_t b, int64_t begin, int64_t end, float* sums, float* scratch) {
+  const Channels k(s, a.m, a.statistics, b, 0, s.C, scratch);
+  float *sum = sums, *sum_normal = sums + stride(s);
+  std::memset(sums, 0, 2 * stride(s) * sizeof(float));
+  dispatch(s, a.m, [&]<class T, bool silu>() {
+    for (int64_t p = begin; p < end; ++p) {
+      const T *x = row<T>(a.x, b, p), *dy = row<T>(a.dy, b, p);
+      for_vectors(s.C, [&](int64_t j, const auto& get, const auto&, int) {
+        const f32 normal = (get(x + j) - load(k.mean + j)) * load(k.rstd + j) - load(k.rest + j);
+        const f32 d = through<silu>(get(dy + j), normal * load(k.gain + j) + load(k.offset + j));
+        store(sum + j, load(sum + j) + d);
+        store(sum_normal + j, load(sum_normal + j) + d * normal);
+      });
+    }
+  });
+}
+
+void pixel_backward(const Shape& s, const Backward& a, int64_t b, int64_t begin, int64_t end, const float* sums, float* scratch) {
+  const int64_t step = stride(s), width = s.C / s.groups;
+  const Channels k(s, a.m, a.statistics, b, 0, s.C, scratch);
+  float *mean_g = scratch + 5 * step, *mean_gn = mean_g + step;
+  for (int64_t g = 0; g < s.groups; ++g) {
+    double all = 0.0, all_normal = 0.0;
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) all += k.gain[c] * static_cast<double>(sums[c]), all_normal += k.gain[c] * static_cast<double>(sums[step + c]);
+    for (int64_t c = g * width; c < (g + 1) * width; ++c)
+      mean_g[c] = static_cast<float>(all / (width * s.P)), mean_gn[c] = static_cast<float>(all_normal / (width * s.P));
+  }
+  dispatch(s, a.m, [&]<class T, bool silu>() {
+    for (int64_t p = begin; p < end; ++p) {
+      const T *x = row<T>(a.x, b, p), *dy = row<T>(a.dy, b, p);
+      T* dx = static_cast<T*>(a.dx) + (b * s.P + p) * s.C;
+      for_vectors(s.C, [&](int64_t j, const auto& get, const auto&, int n) {
+        const f32 rstd = load(k.rstd + j), gain = load(k.gain + j), normal = (get(x + j) - load(k.mean + j)) * rstd - load(k.rest + j);
+        const f32 d = through<silu>(get(dy + j), normal * gain + load(k.offset + j));
+        store_n(dx + j, (d * gain - load(mean_g + j) - normal * load(mean_gn + j)) * rstd, n, a.stream);
+      });
+    }
+  });
+  if (a.stream) stream_end();
+}
+
+void put(const Gradient& g, Type type, int64_t at, float x) {
+  typed(g.wide ? Type::f32 : type, [&]<class T>() { store_n(static_cast<T*>(g.data) + at, splat(x), 1); });
+}
+
+void finish(const Shape& s, const Modulation& m, const float* sums, const Gradients& g) {
+  const int64_t step = stride(s);
+  for (int64_t c = 0; c < s.C; ++c) {
+    const float weight = read(m.weight, s.type, 0, c, 1.0f), bias = read(m.bias, s.type, 0, c, 0.0f);
+    double dweight = 0.0, dbias = 0.0;
+    for (int64_t b = 0; b < s.B; ++b) {
+      const float dy = sums[b * 2 * step + c], dy_normal = sums[(b * 2 + 1) * step + c], scale = 1.0f + read(m.scale, s.type, b, c, 0.0f);
+      if (g.scale.data) put(g.scale, s.type, b * s.C + c, dy_normal * weight + dy * bias);
+      if (g.shift.data) put(g.shift, s.type, b * s.C + c, dy);
+      dweight += static_cast<double>(dy_normal) * scale;
+      dbias += static_cast<double>(dy) * scale;
+    }
+    if (g.weight.data) put(g.weight, s.type, c, static_cast<float>(dweight));
+    if (g.bias.data) put(g.bias, s.type, c, static_cast<float>(dbias));
+  }
+}
+
+}  // namespace
+
+const Kernels kernels{forward, backward, pixel_moments, pixel_forward, pixel_sums, pixel_backward, join, finish};
+
+}  // namespace fastdiff::group_norm_modulate::FASTDIFF_ISA

@@ -1,0 +1,272 @@
+#include "ops/layer_norm_modulate/op.h"
+
+#include "common/vec.h"
+
+namespace fastdiff::layer_norm_modulate::FASTDIFF_ISA {
+namespace {
+
+using namespace fastdiff::FASTDIFF_ISA;
+
+template <class T>
+const T* row(const Rows& x, int64_t b, int64_t n) {
+  return x.data ? static_cast<const T*>(x.data) + b * x.b + n * x.n : nullptr;
+}
+
+// f(p), p the operand's row in its own type.
+template <class T, class F>
+void with(const Operand& x, int64_t b, int64_t n, const F& f) {
+  const int64_t at = b * x.b + n * x.n;
+  if (x.wide) f(static_cast<const float*>(x.data) + at);
+  else f(static_cast<const T*>(x.data) + at);
+}
+
+template <class T>
+f32 rounded(f32 x) {
+  if constexpr (sizeof(T) == 4) return x;
+  else return to_f32(from_f32(x, T{}), T{});
+}
+
+void put(void* data, Type type, int64_t at, f32 x, int n) {
+  typed(type, [&]<class T>() {
+    T* p = static_cast<T*>(data) + at;
+    if (n == kLanes) store(p, x);
+    else store_n(p, x, n);
+  });
+}
+
+f32 total(const f32 (&chain)[4]) { return (chain[0] + chain[1]) + (chain[2] + chain[3]); }
+
+// A row's modulation in float32, made again when the sample changes, or for every row where it is a token's own:
+// normal * gain + offset is the modulated norm, gain = weight (1 + scale), offset = bias (1 + scale) + shift.
+template <class T>
+struct Coefficients {
+  const Modulation& m;
+  int64_t D, known = -1;
+  float *gain, *offset, *gate, *scale;  // scale: 1 + scale, only of the backward pass
+  bool token = m.token();
+
+  void update(int64_t b, int64_t n) {
+    if (known == b && !token) return;
+    known = b;
+    fill(gain, m.scale, b, n, 1.0f, 1.0f);
+    if (scale) std::memcpy(scale, gain, D * sizeof(float));
+    if (m.bias.data)
+      with<T>(m.bias, b, n, [&](const auto* p) { for_vectors(D, [&](int64_t j, const auto& get, const auto& put, int) { put(offset + j, get(p + j) * get(gain + j)); }); });
+    else std::memset(offset, 0, D * sizeof(float));
+    if (m.shift.data)
+      with<T>(m.shift, b, n, [&](const auto* p) { for_vectors(D, [&](int64_t j, const auto& get, const auto& put, int) { put(offset + j, get(p + j) + get(offset + j)); }); });
+    if (m.weight.data)
+      with<T>(m.weight, b, n, [&](const auto* p) { for_vectors(D, [&](int64_t j, const auto& get, const auto& put, int) { put(gain + j, get(p + j) * get(gain + j)); }); });
+    if (m.gate.data) fill(gate, m.gate, b, n, 0.0f, 0.0f);
+  }
+
+  void fill(float* out, const Operand& x, int64_t b, int64_t n, float added, float absent) {
+    if (x.data)
+      with<T>(x, b, n, [&](const auto* p) { for_vectors(D, [&](int64_t j, const auto& get, const auto& put, int) { put(out + j, get(p + j) + added); }); });
+    else for_vectors(D, [&](int64_t j, const auto&, const auto& put, int) { put(out + j, splat(absent)); });
+  }
+};
+
+// Mean and 1 / sqrt(var + eps) of a row: normal = ((x - mean) - rest) rstd. The mean is a float32 number near the mean, rest what it lacks:
+// neither cancellation nor the mean's rounding reaches the result.
+struct Statistics {
+  float mean, rest, rstd;
+
+  // deviations: sums of x - mean and its square.
+  void finish(float sum, float squares, int64_t D, float eps) {
+    rest = sum / D;
+    rstd = 1.0f / __builtin_sqrtf(squares / D - rest * rest + eps);
+  }
+};
+
+template <class T, bool residual, bool norm>
+void forward_rows(const Sizes& n, const Forward& a, int64_t begin, int64_t end, float* scratch) {
+  const int64_t D = n.D, step = stride(n);
+  Coefficients<T> c{a.m, D, -1, scratch, scratch + step, scratch + 2 * step, nullptr};
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = i / n.N, t = i % n.N;
+    c.update(b, t);
+    const T *x = row<T>(a.x, b, t), *y = row<T>(a.y, b, t);
+    T *out = static_cast<T*>(a.out) + i * D, *h = static_cast<T*>(a.h) + i * D;
+    f32 sum[4] = {}, squares[4] = {};
+    // What is normalised: the row itself, or what becomes of it, kept in cache.
+    constexpr bool kept = residual || sizeof(T) != 4;
+    float* line = scratch + 3 * step;
+    for_chains(D, [&](int u, int64_t j, const auto& get, const auto& put_all, int count) {
+      f32 v = get(x + j);
+      if constexpr (residual) {
+        v += get(c.gate + j) * get(y + j);
+        store_n(out + j, v, count, a.stream);
+      }
+      if constexpr (norm) {
+        if constexpr (residual) v = rounded<T>(v);
+        if constexpr (kept) put_all(line + j, v);
+        sum[u] += v;
+      }
+    });
+    if constexpr (norm) {
+      const float* z = line;
+      if constexpr (!kept) z = x;
+      Statistics s;
+      s.mean = reduce_add(total(sum)) / D;
+      for (f32& v : sum) v = f32{};
+      for_chains(D, [&](int u, int64_t j, const auto& get, const auto&, int count) {
+        const f32 d = keep_n(get(z + j) - s.mean, count, 0.0f);
+        sum[u] += d;
+        squares[u] += d * d;
+      });
+      s.finish(reduce_add(total(sum)), reduce_add(total(squares)), D, a.m.eps);
+      for_vectors(D, [&](int64_t j, const auto& get, const auto&, int count) {
+        const f32 normal = ((get(z + j) - s.mean) - s.rest) * s.rstd;
+        store_n(h + j, normal * get(c.gain + j) + get(c.offset + j), count, a.stream);
+      });
+    }
+  }
+  if (a.stream) stream_end();
+}
+
+void forward(const Sizes& n, const Forward& a, int64_t begin, int64_t end, float* scratch) {
+  typed(n.type, [&]<class T>() {
+    if (!a.h) forward_rows<T, true, false>(n, a, begin, end, scratch);
+    else if (a.out) forward_rows<T, true, true>(n, a, begin, end, scratch);
+    else forward_rows<T, false, true>(n, a, begin, end, scratch);
+  });
+}
+
+template <class T, bool residual>
+void backward_rows(const Sizes& n, const Backward& a, int64_t b, int64_t begin, int64_t end, float* partial, float* scratch) {
+  const int64_t D = n.D, step = stride(n);
+  const Sums s = sums(a);
+  std::memset(partial, 0, s.count * step * sizeof(float));
+  const auto place = [&](int i) { return i < 0 ? nullptr : partial + i * step; };
+  float *const sum_dh = place(s.dh), *const sum_dh_normal = place(s.dh_normal), *const sum_inner = place(s.inner),
+        *const sum_inner_normal = place(s.inner_normal), *const sum_dz_y = place(s.dz_y);
+  const bool tokens = (a.dshift.data && a.m.shift.token) || (a.dscale.data && a.m.scale.token);
+  Coefficients<T> c{a.m, D, -1, scratch, scratch + step, scratch + 2 * step, scratch + 3 * step};
+  for (int64_t t = begin; t < end; ++t) {
+    c.update(b, t);
+    const int64_t at = (b * n.N + t) * D;
+    const T *x = row<T>(a.x, b, t), *dh = row<T>(a.dh, b, t), *dout = row<T>(a.dout, b, t), *y = row<T>(a.y, b, t);
+    T *dx = static_cast<T*>(a.dx) + at, *dy = static_cast<T*>(a.dy) + at;
+    f32 sum[4] = {}, squares[4] = {}, grads[4] = {}, products[4] = {};
+    for_chains(D, [&](int u, int64_t j, const auto& get, const auto&, int) { sum[u] += get(x + j); });
+    Statistics z;
+    z.mean = reduce_add(total(sum)) / D;
+    for (f32& v : sum) v = f32{};
+    for_chains(D, [&](int u, int64_t j, const auto& get, const auto&, int count) {
+      const f32 d = keep_n(get(x + j) - z.mean, count, 0.0f), g = get(dh + j) * get(c.gain + j);
+      sum[u] += d;
+      squares[u] += d * d;
+      grads[u] += g;
+      products[u] += g * d;
+    });
+    z.finish(reduce_add(total(sum)), reduce_add(total(squares)), D, a.m.eps);
+    // Means of g and g normal, g = dh gain the gradient of normal.
+    const float mean_g = reduce_add(total(grads)) / D, mean_gn = (reduce_add(total(products)) / D - mean_g * z.rest) * z.rstd;
+    for_vectors(D, [&](int64_t j, const auto& get, const auto& put_all, int count) {
+      const f32 normal = ((get(x + j) - z.mean) - z.rest) * z.rstd, dhj = get(dh + j);
+      f32 dz = (dhj * get(c.gain + j) - mean_g - normal * mean_gn) * z.rstd;
+      if (dout) dz += get(dout + j);
+      store_n(dx + j, dz, count, a.stream);
+      if (sum_dh) put_all(sum_dh + j, get(sum_dh + j) + dhj);
+      if (sum_dh_normal) put_all(sum_dh_normal + j, get(sum_dh_normal + j) + dhj * normal);
+      if constexpr (residual) {
+        if (dy) store_n(dy + j, dz * get(c.gate + j), count, a.stream);
+        if (sum_dz_y) put_all(sum_dz_y + j, get(sum_dz_y + j) + dz * get(y + j));
+        if (a.dgate.data && a.m.gate.token) put(a.dgate.data, a.dgate.wide ? Type::f32 : n.type, at + j, dz * get(y + j), count);
+      }
+      if (sum_inner) put_all(sum_inner + j, get(sum_inner + j) + dhj * get(c.scale + j));
+      if (sum_inner_normal) put_all(sum_inner_normal + j, get(sum_inner_normal + j) + dhj * get(c.scale + j) * normal);
+    });
+    if (tokens) {
+      if (a.dshift.data && a.m.shift.token)
+        for_vectors(D, [&](int64_t j, const auto& get, const auto&, int count) { put(a.dshift.data, a.dshift.wide ? Type::f32 : n.type, at + j, get(dh + j), count); });
+      if (a.dscale.data && a.m.scale.token) {
+        float *weight = scratch + 4 * step, *bias = c.offset;  // the offset has served its turn: a token's own is made again
+        c.fill(weight, a.m.weight, b, t, 0.0f, 1.0f);
+        c.fill(bias, a.m.bias, b, t, 0.0f, 0.0f);
+        for_vectors(D, [&](int64_t j, const auto& get, const auto&, int count) {
+          const f32 normal = ((get(x + j) - z.mean) - z.rest) * z.rstd;
+          put(a.dscale.data, a.dscale.wide ? Type::f32 : n.type, at + j, get(dh + j) * (normal * get(weight + j) + get(bias + j)), count);
+        });
+      }
+    }
+  }
+  if (a.stream) stream_end();
+}
+
+// Without a norm: dy = gate dout, and dgate.
+template <class T>
+void gate_rows(const Sizes& n, const Backward& a, int64_t b, int64_t begin, int64_t end, float* partial, float* scratch) {
+  const int64_t D = n.D;
+  Coefficients<T> c{a.m, D, -1, nullptr, nullptr, scratch, nullptr};
+  if (!a.m.gate.token) std::memset(partial, 0, D * sizeof(float));
+  for (int64_t t = begin; t < end; ++t) {
+    if (t == begin || a.m.gate.token) c.fill(c.gate, a.m.gate, b, t, 0.0f, 0.0f);
+    const int64_t at = (b * n.N + t) * D;
+    const T *dout = row<T>(a.dout, b, t), *y = row<T>(a.y, b, t);
+    T* dy = static_cast<T*>(a.dy) + at;
+    for_vectors(D, [&](int64_t j, const auto& get, const auto& put_all, int count) {
+      const f32 dz = get(dout + j), product = dz * get(y + j);
+      store_n(dy + j, dz * get(c.gate + j), count, a.stream);
+      if (a.m.gate.token) put(a.dgate.data, a.dgate.wide ? Type::f32 : n.type, at + j, product, count);
+      else put_all(partial + j, get(partial + j) + product);
+    });
+  }
+  if (a.stream) stream_end();
+}
+
+void backward(const Sizes& n, const Backward& a, int64_t b, int64_t begin, int64_t end, float* partial, float* scratch) {
+  typed(n.type, [&]<class T>() {
+    if (!a.dh.data) gate_rows<T>(n, a, b, begin, end, partial, scratch);
+    else if (a.y.data) backward_rows<T, true>(n, a, b, begin, end, partial, scratch);
+    else backward_rows<T, false>(n, a, b, begin, end, partial, scratch);
+  });
+}
+
+// With a scale per sample, weight's and bias' gradients are sums over samples of 1 + scale times the sample's sums, and dscale is
+// weight and bias times these.
+template <class T>
+void finish_columns(const Sizes& n, const Backward& a, int64_t pieces, const float* partial, int64_t begin, int64_t end) {
+  const Sums s = sums(a);
+  const int64_t step = stride(n);
+  const bool own = a.m.scale.data && a.m.scale.token;
+  const auto type = [&](const Gradient& g) { return g.wide ? Type::f32 : n.type; };
+  for_vectors(end - begin, [&](int64_t k, const auto& get, const auto&, int count) {
+    const int64_t j = begin + k;
+    const auto read = [&](const Operand& x, int64_t b, float absent) {
+      f32 v = splat(absent);
+      if (x.data) with<T>(x, b, 0, [&](const auto* p) { v = get(p + j); });
+      return v;
+    };
+    const f32 weight = read(a.m.weight, 0, 1.0f), bias = read(a.m.bias, 0, 0.0f);
+    f32 dweight = {}, dbias = {};
+    for (int64_t b = 0; b < n.B; ++b) {
+      const auto sum = [&](int i) {
+        f32 v = {};
+        for (int64_t p = 0; p < pieces; ++p) v += get(partial + ((b * pieces + p) * s.count + i) * step + j);
+        return v;
+      };
+      const f32 dh = s.dh < 0 ? f32{} : sum(s.dh), dh_normal = s.dh_normal < 0 ? f32{} : sum(s.dh_normal);
+      const int64_t at = b * n.D + j;
+      if (a.dshift.data && !a.m.shift.token) put(a.dshift.data, type(a.dshift), at, dh, count);
+      if (a.dscale.data && !own) put(a.dscale.data, type(a.dscale), at, dh_normal * weight + dh * bias, count);
+      if (s.dz_y >= 0) put(a.dgate.data, type(a.dgate), at, sum(s.dz_y), count);
+      const f32 scale = own ? splat(1.0f) : 1.0f + read(a.m.scale, b, 0.0f);
+      if (a.dweight.data) dweight += own ? sum(s.inner_normal) : dh_normal * scale;
+      if (a.dbias.data) dbias += own ? sum(s.inner) : dh * scale;
+    }
+    if (a.dweight.data) put(a.dweight.data, type(a.dweight), j, dweight, count);
+    if (a.dbias.data) put(a.dbias.data, type(a.dbias), j, dbias, count);
+  });
+}
+
+void finish(const Sizes& n, const Backward& a, int64_t pieces, const float* partial, int64_t begin, int64_t end) {
+  typed(n.type, [&]<class T>() { finish_columns<T>(n, a, pieces, partial, begin, end); });
+}
+
+}  // namespace
+
+const Kernels kernels{forward, backward, finish};
+
+}  // namespace fastdiff::layer_norm_modulate::FASTDIFF_ISA
