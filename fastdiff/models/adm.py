@@ -186,6 +186,12 @@ def heads_of(model, heads, head_dim):
     return lambda channels: heads or channels // head_dim
 
 
+def _channels(model, image_size, width, multipliers):
+    if multipliers is None and image_size not in MULTIPLIERS:
+        fail(model, f"multipliers wants to be given for image_size = {image_size}: there are some for {', '.join(map(str, MULTIPLIERS))}")
+    return [int(width * m) for m in multipliers or MULTIPLIERS[image_size]]
+
+
 def asked(model, name, x, wanted):
     """Refuses an input that is missing, or that the model has no use for; True where there is one."""
     if (x is not None) != wanted:
@@ -220,7 +226,7 @@ class ADM(UNet):
 
     def __init__(self, image_size, *, width, blocks, attention, multipliers=None, in_channels=3, out_channels=6, heads=None, head_dim=None,
                  classes=None, dropout=0.0, resample="residual", additive=False, low_res=False):
-        channels = [int(width * m) for m in multipliers or MULTIPLIERS[image_size]]
+        channels = _channels("ADM", image_size, width, multipliers)
         block = lambda *sizes, resample=None: ResBlock(*sizes, 4 * width, dropout=dropout, resample=resample, additive=additive)
         super().__init__(in_channels * (1 + low_res), channels, blocks=blocks, heads=heads_of("ADM", heads, head_dim), block=block,
                          attention=[image_size >> level in attention for level in range(len(channels))], resample=resample)
@@ -280,7 +286,7 @@ class Classifier(Encoder):
 
     def __init__(self, image_size, *, width=128, blocks=2, attention=(32, 16, 8), multipliers=None, in_channels=3, classes=1000,
                  heads=None, head_dim=64, dropout=0.0, resample="residual", additive=False):
-        channels = [int(width * m) for m in multipliers or MULTIPLIERS[image_size]]
+        channels = _channels("Classifier", image_size, width, multipliers)
         heads = heads_of("Classifier", heads, head_dim)
         block = lambda *sizes, resample=None: ResBlock(*sizes, 4 * width, dropout=dropout, resample=resample, additive=additive)
         super().__init__(in_channels, channels, blocks=blocks, heads=heads, block=block, resample=resample,

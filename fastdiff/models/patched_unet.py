@@ -14,7 +14,7 @@ from . import adm
 
 
 def position_code(channels, size, like):
-    """(1, channels, h, w): sin(64 x / w lambda_k) in the first half of the channels, y and h in the second; 1 / lambda from 1 to 10000."""
+    """(1, channels, h, w): sin(64 x / w r_k), then sin(64 y / h r_k), r_k = 10000^(-k / (channels / 2 - 1))."""
     half = channels // 2
     rate = torch.exp(torch.arange(half, dtype=torch.float64, device=like.device) * (-math.log(10000) / max(half - 1, 1)))
     y, x = (torch.sin(rate.unsqueeze(1) * torch.arange(n, dtype=torch.float64, device=like.device) * (64 / n)) for n in size)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import fastdiff
 from fastdiff.models import ADM, Classifier, adm
 
 # name -> the program's own errors in float32: of outputs, of gradients
@@ -125,8 +124,8 @@ def test_refusals():
                       (lambda: plain(x[..., 1:], t), r"ADM: x wants a grid that 2 divides, got \(8, 7\)"),
                       (lambda: ADM(**TINY, head_dim=8), "ADM: heads and head_dim: wants one of them, got heads=2, head_dim=8"),
                       (lambda: ADM(**TINY, resample="fir"), "ADM: resample wants 'residual', 'conv', 'same' or 'pool', got 'fir'"),
+                      (lambda: ADM(**TINY | dict(multipliers=None)), "ADM: multipliers wants to be given for image_size = 8"),
                       (lambda: ADM.from_config("imagenet-32"), "ADM: from_config: name wants one of imagenet-64, .*, got 'imagenet-32'"),
                       (lambda: Classifier(**TINY, head_dim=None)(torch.randn(2, 3, 16, 8), t), "Classifier: x wants 16 pixels")):
         with pytest.raises(ValueError, match=why):
             call()
-    assert fastdiff.models.ADM is ADM
