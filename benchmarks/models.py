@@ -24,8 +24,9 @@ from fastdiff.accelerate.measure import difference
 from fastdiff.bench import memory, report, suite, timer
 from fastdiff.demo import define_torchvision_operators
 from fastdiff.info import versions
-from fastdiff.models import RIN, Perceiver, PerceiverIO
-from fastdiff.nn import PatchedUNet
+from fastdiff.models import ADM, RIN, DiT, Perceiver, PerceiverIO
+from fastdiff.models import PatchedUNet as PatchDiffusion
+from fastdiff.nn import PatchedUNet, sinusoid
 
 COMPILE = dict(dynamic=False)  # options of torch.compile
 OURS = {"accelerated": "{}", "accelerated, compiled": "{} + compile"}  # run -> op of its record
@@ -38,14 +39,14 @@ def _accelerated(model):
 
 @dataclass(frozen=True)
 class Model:
-    """package: the distribution it comes from. build() -> (module, its positional inputs). shape: its sizes, for the record.
+    """package: the distribution it comes from; None: ours, beside no other's. build() -> (module, its positional inputs). shape: its sizes, for the record.
 
     fast(module) -> (a faster one with weights of its own, the report of accelerate or None), by what op names: "models", one of
     fastdiff.models, whose parameters are others. alike: it computes the same; otherwise it has the same sizes, and is held to its own
     reference.
     """
 
-    package: str
+    package: str | None
     build: Callable
     shape: dict
     fast: Callable = _accelerated
@@ -157,6 +158,64 @@ def _our_rin(size, latents, layers):
     return RIN((size, size), patch=8, dim=512, latents=latents, latent_dim=768, layers=(layers,), heads=16, latent_heads=16), None
 
 
+def _dit():
+    define_torchvision_operators()
+    from diffusers import DiTTransformer2DModel
+
+    class Sinusoid(torch.nn.Module):
+        def forward(self, t):
+            return sinusoid(t, 256)
+
+    model = DiTTransformer2DModel(num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=12,
+                                  sample_size=32, patch_size=2)
+    # One embedder, as the published DiT has, and its times and eps.
+    embedder = model.transformer_blocks[0].norm1.emb
+    embedder.time_proj, embedder.class_embedder.dropout_prob = Sinusoid(), 0.0
+    for block in model.transformer_blocks:
+        block.norm1.emb, block.norm3.eps = embedder, 1e-6
+    return model, (torch.randn(1, 4, 32, 32), torch.tensor([500]), torch.tensor([1]))
+
+
+def _our_dit(module):
+    model = DiT.from_config("DiT-S/2")
+    model.load_diffusers(module.state_dict())
+    model.y_embedder.dropout = 0.0
+    return model, None
+
+
+class _Labelled(torch.nn.Module):
+    """guided-diffusion's U-Net, with what its callers pass by name."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, t, y):
+        return self.model(x, t, y=y)
+
+
+def _adm():
+    from guided_diffusion.unet import UNetModel
+
+    model = UNetModel(image_size=64, in_channels=3, model_channels=192, out_channels=6, num_res_blocks=3, attention_resolutions=(2, 4, 8),
+                      channel_mult=(1, 2, 3, 4), num_classes=1000, num_head_channels=64, use_scale_shift_norm=True, resblock_updown=True,
+                      use_new_attention_order=True)
+    return _Labelled(model), (torch.randn(1, 3, 64, 64), torch.tensor([500]), torch.tensor([1]))
+
+
+def _our_adm(module):
+    model = ADM.from_config("imagenet-64", dropout=0.0)
+    model.load_guided_diffusion(module.model.state_dict(), heads_first=False)
+    return model, None
+
+
+def _patch_diffusion(patch):
+    """The sheet's recipe, a level more for every halving of the patch, at a quarter of its width."""
+    multipliers = {1: (1, 1, 1, 1, 2, 2), 2: (1, 1, 1, 2, 2), 4: (1, 1, 2, 2)}[patch]
+    model = PatchDiffusion(256, patch=patch, width=64, multipliers=multipliers, blocks=2)
+    return model, (torch.randn(1, 3, 256, 256), torch.tensor([500]))
+
+
 MODELS = {
     "perceiver": Model("perceiver-pytorch", _perceiver, dict(pixels=224 * 224, bands=64, latents=512, width=1024, layers=2)),
     "perceiver-io": Model("transformers", _perceiver_io, dict(pixels=224 * 224, bands=64, latents=512, width=1024, blocks=2)),
@@ -170,6 +229,12 @@ MODELS = {
                                   dict(image=size, patch=8, dim=512, latents=latents, width=768, heads=16, blocks=1, layers=layers),
                                   lambda _, args=(size, latents, layers): _our_rin(*args), "models", alike=False)
        for size, latents, layers in ((64, 128, 4), (128, 128, 4), (256, 256, 4), (1024, 256, 2))},
+    "dit-s/2, ours": Model("diffusers", _dit, dict(tokens=256, dim=384, heads=6, blocks=12), _our_dit, "models"),
+    "adm-64, ours": Model("guided-diffusion-sdk", _adm, dict(image=64, width=192, blocks=3), _our_adm, "models"),
+    # published_gmac: of the sheet's width, 256; their ratios are those of the work here.
+    **{f"patch-diffusion-{p}, ours": Model(None, lambda p=p: _patch_diffusion(p), dict(image=256, patch=p, width=64, published_gmac=gmac),
+                                           lambda model: (model, None), "models", alike=False)
+       for p, gmac in ((1, 859), (2, 224), (4, 65.8))},
 }
 
 
@@ -213,8 +278,8 @@ def measure(name, pass_, threads, budget, notes):
         (fast if case.alike else _random(fast)).train(pass_ == "both")
     with torch.no_grad():
         weights = torch.randn_like(_first(model(*inputs)))
-    modules = {"eager": model, "compile": torch.compile(model, **COMPILE), "accelerated": fast,
-               "accelerated, compiled": torch.compile(fast, **COMPILE)}
+    modules = {"eager": model, "compile": torch.compile(model, **COMPILE)} if case.package else {}
+    modules |= {"accelerated": fast, "accelerated, compiled": torch.compile(fast, **COMPILE)}
     runs = {run: lambda _, m=m: _step(m, inputs, weights, pass_) for run, m in modules.items()}
     with use_backend(None if case.alike else "reference"):
         plain = runs["eager" if case.alike else "accelerated"](0)[:checked]
@@ -239,7 +304,7 @@ def measure(name, pass_, threads, budget, notes):
             "op": op.format(case.op), "case": name, "dtype": "float32", "pass": pass_, "device": "cpu", "threads": threads,
             "backend": f"{len(swapped.replaced)} modules" if swapped else "ops", "shape": case.shape, **times, "floor_ms": None,
             "of_floor": None, "peak_bytes": peak,
-            "peer_peak_bytes": memory.peak(lambda best=times["best_peer"]: runs[best](0), "cpu")[0],
+            "peer_peak_bytes": peers and memory.peak(lambda best=times["best_peer"]: runs[best](0), "cpu")[0] or None,
             "error": difference(plain, after[:checked])[1], "error_limit": suite.PEER_ERROR["float32"]})
     return records
 
@@ -257,7 +322,8 @@ def run(names, *, threads, passes, quick, command, progress=lambda text: None):
                     torch.compiler.reset()  # compiled code is for one number of threads
                     try:
                         records += measure(name, pass_, n, timer.QUICK if quick else timer.Budget(), notes)
-                        packages[MODELS[name].package] = importlib.metadata.version(MODELS[name].package)
+                        if package := MODELS[name].package:
+                            packages[package] = importlib.metadata.version(package)
                     except ImportError as missing:
                         notes.append(f"{name}: not run, {missing}; to run it: pip install {MODELS[name].package}")
                     except suite.Wrong as wrong:

@@ -1,5 +1,6 @@
 """benchmarks/models.py on small models: what a record holds, and that a wrong result is never one."""
 
+import copy
 import importlib.util
 import json
 import sys
@@ -46,6 +47,38 @@ def test_records(models, tmp_path, capsys):
         assert set(record["peers_ms"]) == {"eager", "compile"} and record["best_peer"] in record["peers_ms"]
         assert 0 < record["error"] < record["error_limit"] and record["ours_ms"] > 0
     assert "accelerate + compile" in capsys.readouterr().out
+
+
+def _dit():
+    model = fastdiff.models.DiT(depth=1, dim=16, heads=2, patch=2, size=4, channels=2, classes=3, dropout=0.0)
+    return model, (torch.randn(1, 2, 4, 4), torch.tensor([7]), torch.tensor([1]))
+
+
+def test_records_of_our_models(models, monkeypatch):
+    """One with a peer of the same weights, and one alone."""
+    monkeypatch.setattr(models, "MODELS", {
+        "ours": models.Model("torch", _dit, {}, lambda module: (copy.deepcopy(module), None), "models"),
+        "alone": models.Model(None, _dit, {}, lambda module: (module, None), "models", alike=False)})
+    document, notes = models.run(["ours", "alone"], threads=[1], passes=["both"], quick=True, command="")
+    assert not notes and "failures" not in document
+    assert [(r["case"], r["op"]) for r in document["records"]] == [
+        (case, op) for case in ("ours", "alone") for op in ("models", "models + compile")]
+    for record in document["records"]:
+        assert set(record) == RECORD and record["backend"] == "ops" and record["error"] < record["error_limit"]
+        assert set(record["peers_ms"]) == (set() if record["case"] == "alone" else {"eager", "compile"})
+        assert (record["ratio"] is None) == (record["peer_peak_bytes"] is None) == (record["case"] == "alone")
+
+
+def test_a_wrong_model_of_ours_is_no_record(models, monkeypatch):
+    def spoiled(module):
+        made = copy.deepcopy(module)
+        with torch.no_grad():
+            made.blocks[0].mlp.fc2.bias.add_(1.0)
+        return made, None
+
+    monkeypatch.setattr(models, "MODELS", {"ours": models.Model("torch", _dit, {}, spoiled, "models")})
+    document, _ = models.run(["ours"], threads=[1], passes=["forward"], quick=True, command="")
+    assert not document["records"] and "accelerated is off by" in document["failures"][0]["reason"]
 
 
 def test_a_wrong_result_is_no_record(models, monkeypatch, tmp_path, capsys):

@@ -17,6 +17,13 @@ def tensor(op, name, x):
     return x
 
 
+def per_sample(op, x, **vectors):
+    """Refuses a `name=vector` that is not one number for each sample of x."""
+    for name, vector in vectors.items():
+        if tensor(op, name, vector).shape != tensor(op, "x", x).shape[:1]:
+            fail(op, f"{name} wants the shape (B,) = ({x.shape[0]},), got {tuple(vector.shape)}")
+
+
 def dims(op, **arrays):
     """Sizes by axis letter of `name=(tensor, "B N D")` arguments that must agree; None tensors are skipped.
 

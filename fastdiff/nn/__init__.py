@@ -1,10 +1,13 @@
 """Drop-in modules on the ops."""
 
 from .cross_attention import CrossAttention
+from .embeddings import LabelEmbedding, TimestepEmbedding, sinusoid
 from .fourier_cross_attention import FourierCrossAttention
+from .group_norm import AdaGroupNorm, GroupNorm
 from .linear import Linear
 from .mlp import MLP
 from .patches import PatchedUNet, PatchEmbed, Unpatch
 from .self_attention import SelfAttention
 
-__all__ = ["MLP", "CrossAttention", "FourierCrossAttention", "Linear", "PatchEmbed", "PatchedUNet", "SelfAttention", "Unpatch"]
+__all__ = ["MLP", "AdaGroupNorm", "CrossAttention", "FourierCrossAttention", "GroupNorm", "LabelEmbedding", "Linear", "PatchEmbed",
+           "PatchedUNet", "SelfAttention", "TimestepEmbedding", "Unpatch", "sinusoid"]

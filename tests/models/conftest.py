@@ -40,8 +40,7 @@ def golden():
 def held(request):
     """A dtype on one backend, and the judge of outputs and gradients there."""
     dtype, backend = request.param.split(", ")
-    # Not forced: ops without a native kernel run on their reference.
-    with fastdiff.use_backend(None if backend == "cpu" else backend):
+    with fastdiff.use_backend(backend):
         yield Held(getattr(torch, dtype))
 
 
