@@ -11,7 +11,8 @@ _LEAST = 1e-9  # no schedule here gives less signal than this
 
 def linear_betas(steps, start=1e-4, end=0.02):
     """The betas of Ho et al. 2020, equally spaced and scaled by 1000 / steps: float64 (steps,)."""
-    return torch.linspace(start * 1000 / steps, end * 1000 / steps, _count("linear_betas", steps), dtype=torch.float64)
+    scale = 1000 / _count("linear_betas", steps)
+    return torch.linspace(start * scale, end * scale, steps, dtype=torch.float64)
 
 
 def cosine_betas(steps, offset=0.008, most=0.999):
