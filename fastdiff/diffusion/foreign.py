@@ -22,8 +22,10 @@ def from_diffusers(scheduler, *, eta=0.0, rederive=False):
     config, ddpm = scheduler.config, name == "DDPMScheduler"
     if ddpm and config.variance_type not in _VARIANCES:
         fail("from_diffusers", f"variance_type wants one of {', '.join(map(repr, _VARIANCES))}, got {config.variance_type!r}")
-    if scheduler.num_inference_steps is None and not getattr(scheduler, "custom_timesteps", False):
+    if not ddpm and scheduler.num_inference_steps is None:
         fail("from_diffusers", "scheduler wants its set_timesteps called")
+    if not 0 <= eta <= 1:
+        fail("from_diffusers", f"eta wants a value in [0, 1], got {eta}")
     time, gammas = scheduler.timesteps.cpu(), scheduler.alphas_cumprod.cpu()
     if ddpm:
         before, final = torch.cat([time[1:], time.new_tensor([-1])]), gammas.new_ones(())

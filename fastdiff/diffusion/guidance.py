@@ -56,6 +56,8 @@ def dynamic_threshold(x0, quantile=0.995, most=torch.inf):
 
     Source   Saharia et al. 2022 (Imagen), section 2.3
     """
+    if not (0 <= quantile <= 1 and most >= 1):
+        fail("dynamic_threshold", f"wants a quantile in [0, 1] and most of at least 1, got {quantile} and {most}")
     size = x0.flatten(1).abs()
     s = torch.quantile(size if size.dtype is torch.float64 else size.float(), quantile, dim=1).clamp(1, most)
     s = s.view(-1, *(1,) * (x0.dim() - 1)).to(x0.dtype)

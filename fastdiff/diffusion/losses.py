@@ -6,6 +6,7 @@ import torch
 
 from ..core.check import fail, option
 from ..ops import denoise_step
+from . import sampling
 from .plans import ddpm
 from .processes import wide
 
@@ -92,12 +93,10 @@ def bits_per_dim(process, denoiser, x, *, prediction="eps", variance="learned", 
 
     total = prior + all bounds; mse of the prediction's x0. denoiser is called as in `sample`, once a step.
     """
-    from .sampling import normal
-
     bounds, errors = [], []
     for step in reversed(range(len(process.betas))):
         t = torch.full(x.shape[:1], step, device=x.device)
-        z = process.diffuse(x, normal(x, generator), t)
+        z = process.diffuse(x, sampling.normal(x, generator), t)
         output = denoiser(z, process.told(t))
         pred, v = output.chunk(2, 1) if variance == "learned" else (output, None)
         bounds.append(variational_bound(process, x, z, t, pred, v, prediction=prediction, variance=variance, clip=clip))

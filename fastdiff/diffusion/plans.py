@@ -44,6 +44,7 @@ def ddpm(steps, *, prediction="eps", variance="small", clip=None, threshold=None
              v = -1 .. 1 chooses between the two, by their logarithms
     Source   Ho et al. 2020; Nichol & Dhariwal 2021, equation 15
     """
+    _options("ddpm", prediction, clip, threshold)
     option("ddpm", "variance", variance, ("small", "large", "learned"))
     added, small = _variances(steps)
     chosen = added if variance == "large" else small
@@ -55,6 +56,9 @@ def ddpm(steps, *, prediction="eps", variance="small", clip=None, threshold=None
 
 def ddim(steps, *, prediction="eps", eta=0.0, clip=None, threshold=None, rederive=True):
     """The step of Song et al. 2021: eta = 0 draws no noise, eta = 1 as much as `ddpm` of the small variance."""
+    _options("ddim", prediction, clip, threshold)
+    if not 0 <= eta <= 1:
+        fail("ddim", f"eta wants a value in [0, 1], got {eta}")
     std = eta * _variances(steps)[1].sqrt()
     to_eps = (steps.next_sigma.square() - std.square()).clamp(min=0).sqrt()
     return Plan(*steps[:3], steps.next_signal, to_eps, _silent(std) if eta else None, prediction=prediction, clip=clip,
@@ -93,6 +97,7 @@ def ancestral(sde, count, *, last=1e-3, prediction="eps", clip=None):
 
 def _reverse(sde, count, t, keep, of_score, of_noise, prediction, clip):
     """z' = keep z + of_score score + of_noise noise, in terms of x0 and eps = -sigma score."""
+    _options("sampler", prediction, clip, None, ("eps", "x0", "v", "score"))
     signal, sigma = sde.marginal(t)
     to_x0, to_eps = keep * signal, keep * sigma - of_score / sigma
     if prediction == "score":  # of z itself: through x0 = z + sigma^2 score, terms of the size of sigma^2 would cancel
@@ -101,6 +106,12 @@ def _reverse(sde, count, t, keep, of_score, of_noise, prediction, clip):
         to_x0, to_eps = keep, of_score
     return Plan(sde.told(t), signal, sigma, to_x0, to_eps, None if of_noise is None else _silent(of_noise), None, sde.trust(t, count),
                 prediction, clip)
+
+
+def _options(op, prediction, clip, threshold, predictions=("eps", "x0", "v")):
+    option(op, "prediction", prediction, predictions)
+    if clip is not None and threshold is not None:
+        fail(op, f"threshold wants clip to be None, got {clip}")
 
 
 def _variances(steps):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.check import fail, option, tensor
+from ..core.check import fail, integers, option, tensor
 from ..ops import add_noise, denoise_step
 from .schedules import simple_cosine_gamma, spaced
 
@@ -56,7 +56,7 @@ class Process:
 class Discrete(Process):
     """z_t = sqrt(gamma_t) x0 + sqrt(1 - gamma_t) eps for t = 0 .. T - 1, gamma_t = (1 - beta_0) ... (1 - beta_t).
 
-    betas    float64 (T,)
+    betas    (T,), kept in float64 on their device: training on a GPU reads them there
     time     what a denoiser is told at each step (T,); None: the step's number
     Source   Ho et al. 2020; Nichol & Dhariwal 2021
     """
@@ -69,7 +69,7 @@ class Discrete(Process):
         if tensor("Discrete", "betas", self.betas).dim() != 1 or not ((self.betas > 0) & (self.betas <= 1)).all():
             fail("Discrete", "betas wants the shape (T,) and values in (0, 1]")
         object.__setattr__(self, "betas", self.betas.double())
-        object.__setattr__(self, "time", torch.arange(len(self.betas)) if self.time is None else self.time)
+        object.__setattr__(self, "time", torch.arange(len(self.betas), device=self.betas.device) if self.time is None else self.time)
         object.__setattr__(self, "gamma", (1 - self.betas).cumprod(0))
 
     def marginal(self, t):
@@ -91,7 +91,7 @@ class Discrete(Process):
 
     def steps(self, *, inverse=False):
         """From noise to data; inverse: from each level to the noisier one after it, as DDIM encodes data."""
-        t = torch.arange(len(self.gamma))
+        t = torch.arange(len(self.gamma), device=self.gamma.device)
         return self._between(t, torch.cat([self.gamma[1:], self.gamma.new_zeros(1)])) if inverse else self.at(t.flip(0))
 
     @property
@@ -130,6 +130,9 @@ class Continuous(Process):
 
     def steps(self, count, *, shift=0.0):
         """`count` equal steps from t = 1 to 0. shift: how many steps further each one aims, ending at 0 (asymmetric time intervals)."""
+        (count,) = integers("steps", "count", count)
+        if not shift >= 0:
+            fail("steps", f"shift wants a value of at least 0, got {shift}")
         k = torch.arange(count, dtype=torch.float64)
         t, s = 1 - k / count, (1 - (k + 1 + shift) / count).clamp(min=0)
         return Steps(self.told(t), *self.marginal(t), *self.marginal(s))
@@ -150,6 +153,9 @@ class _SDE(Process):
         return torch.ones_like(t, dtype=torch.float64)
 
     def times(self, n, last):
+        (n,) = integers("times", "n", n)
+        if not 0 < last <= 1:
+            fail("times", f"last wants a value in (0, 1], got {last}")
         return torch.linspace(1, last, n, dtype=torch.float64)
 
 

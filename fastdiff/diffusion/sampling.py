@@ -47,7 +47,13 @@ def sample(denoiser, z, plan, *, corrector=None, gradient=None, self_condition=N
     constrain       function of z, applied after every step: what is known of an image is pasted here
     result          "z", or "x0": what the last step thought the data was
     generator       a torch.Generator: one seed, one result
+    progress        a bar, by tqdm
     graph           on a GPU: the step, denoiser included, is captured once and replayed; it must not change shapes or wait for the host
+
+    Shapes   z (B, C, ...), any strides -> as z
+    Dtypes   float32, float16, bfloat16, float64; coefficients are made in float64 and used in float32 (float64 beside float64)
+    Grads    none: it runs under no_grad
+    Raises   ValueError naming the argument, what was wanted and what was given
     """
     if tensor("sample", "z", z).dim() < 2:
         fail("sample", f"z wants at least 2 dimensions (B, C, ...), got {tuple(z.shape)}")

@@ -4,14 +4,15 @@ import math
 
 import torch
 
-from ..core.check import fail
+from ..core.check import fail, integers
 
 _LEAST = 1e-9  # no schedule here gives less signal than this
 
 
 def linear_betas(steps, start=1e-4, end=0.02):
     """The betas of Ho et al. 2020, equally spaced and scaled by 1000 / steps: float64 (steps,)."""
-    scale = 1000 / _count("linear_betas", steps)
+    (steps,) = integers("linear_betas", "steps", steps)
+    scale = 1000 / steps
     return torch.linspace(start * scale, end * scale, steps, dtype=torch.float64)
 
 
@@ -20,7 +21,8 @@ def cosine_betas(steps, offset=0.008, most=0.999):
 
     Source   Nichol & Dhariwal 2021, equation 17
     """
-    u = torch.arange(_count("cosine_betas", steps) + 1, dtype=torch.float64) / steps
+    (steps,) = integers("cosine_betas", "steps", steps)
+    u = torch.arange(steps + 1, dtype=torch.float64) / steps
     f = torch.cos((u + offset) / (1 + offset) * (math.pi / 2)).square()
     return (1 - f[1:] / f[:-1]).clamp(max=most)
 
@@ -63,14 +65,14 @@ def spaced(steps, counts):
              "ddim50": 50 steps, a whole stride apart, from 0
     Source   Nichol & Dhariwal 2021, section 4
     """
-    _count("spaced", steps)
+    (steps,) = integers("spaced", "steps", steps)
     if isinstance(counts, str):
         wanted = int(counts.removeprefix("ddim")) if counts.startswith("ddim") and counts[4:].isdigit() else 0
         for stride in range(1, steps + 1):
             if len(range(0, steps, stride)) == wanted:
                 return torch.arange(0, steps, stride)
         fail("spaced", f"counts wants 'ddimN' with N reached by a whole stride of {steps} steps, got {counts!r}")
-    counts = (counts,) if isinstance(counts, int) else tuple(counts)
+    counts = integers("spaced", "counts", tuple(counts) if isinstance(counts, list) else counts, least=0)
     kept, first = [], 0
     for i, count in enumerate(counts):
         size = steps // len(counts) + (i < steps % len(counts))
@@ -82,9 +84,3 @@ def spaced(steps, counts):
             position += stride
         first += size
     return torch.tensor(kept, dtype=torch.int64)
-
-
-def _count(op, steps):
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        fail(op, f"steps wants an int of at least 1, got {steps!r}")
-    return steps

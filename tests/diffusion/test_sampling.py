@@ -311,7 +311,14 @@ def test_half_precision_follows_float32():
     (lambda z: D.spaced(10, [3, 6]), r"spaced: counts wants at most 5 of a section of 5 steps, got 6"),
     (lambda z: LINEAR.diffuse(z, z, torch.tensor([1])), r"process: t wants the shape \(B,\) = \(2,\), got \(1,\)"),
     (lambda z: D.ddpm(LINEAR.steps(), variance="fixed"), r"ddpm: variance wants one of 'small', 'large', 'learned', got 'fixed'"),
-    (lambda z: D.linear_betas(0), r"linear_betas: steps wants an int of at least 1, got 0"),
+    (lambda z: D.ddpm(LINEAR.steps(), prediction="score"), r"ddpm: prediction wants one of 'eps', 'x0', 'v', got 'score'"),
+    (lambda z: D.ddim(LINEAR.steps(), clip=1.0, threshold=(0.9,)), r"ddim: threshold wants clip to be None, got 1.0"),
+    (lambda z: D.ddim(LINEAR.steps(), eta=1.5), r"ddim: eta wants a value in \[0, 1\], got 1.5"),
+    (lambda z: D.ancestral(D.SubVP(), 5), r"ancestral: sde wants a VE or a VP, got SubVP"),
+    (lambda z: D.euler_maruyama(D.VP(), 5, last=0.0), r"times: last wants a value in \(0, 1\], got 0.0"),
+    (lambda z: D.Continuous().steps(4, shift=-1.0), r"steps: shift wants a value of at least 0, got -1.0"),
+    (lambda z: D.dynamic_threshold(z, 1.5), r"dynamic_threshold: wants a quantile in \[0, 1\] and most of at least 1, got 1.5 and inf"),
+    (lambda z: D.linear_betas(0), r"linear_betas: steps wants values in \[1, 2\*\*31\), got \(0,\)"),
     (lambda z: D.variational_bound(LINEAR, z, z, torch.tensor([1, 2]), z), r"reverse: v wants to be given with the variance 'learned'"),
 ])
 def test_refusals(call, text):
