@@ -13,8 +13,8 @@ def from_diffusers(scheduler, *, eta=0.0, rederive=False):
     """The plan of a DDPMScheduler or DDIMScheduler after its set_timesteps: the same steps, coefficients, clipping and noise.
 
     eta, rederive  DDIM's step arguments eta and use_clipped_model_output
-    Coefficients are formed as the scheduler forms them, in its dtype: in float32, betas that come out of 1 - a / b differ by 1e-3 from
-    exact ones, and a sample made with exact ones is another sample.
+    Coefficients are formed, and steps rounded, as the scheduler does it: in float32 its betas, 1 - a / b, are up to 1e-3 from exact ones,
+    and a sample made with exact ones is another sample.
     """
     name = type(scheduler).__name__
     if name not in ("DDPMScheduler", "DDIMScheduler"):
@@ -39,8 +39,7 @@ def from_diffusers(scheduler, *, eta=0.0, rederive=False):
     signal, sigma, ratio = gamma.sqrt(), rest.sqrt(), None
     if ddpm:
         small = small.clamp(min=1e-20)
-        of_x0, of_z = target.sqrt() * beta / rest, alpha.sqrt() * rest_target / rest
-        to_x0, to_eps = of_x0.double() + of_z.double() * signal.double(), of_z.double() * sigma.double()
+        to_x0, to_eps = target.sqrt() * beta / rest, alpha.sqrt() * rest_target / rest
         std = beta.sqrt() if config.variance_type == "fixed_large" else small.sqrt()
         std = torch.where(time > 0, std, 0.0)
         ratio = beta.log() - small.log() if config.variance_type == "learned_range" else None
@@ -50,4 +49,4 @@ def from_diffusers(scheduler, *, eta=0.0, rederive=False):
     columns = (c if c is None else c.double() for c in (signal, sigma, to_x0, to_eps, std if ddpm or eta else None, ratio))
     threshold = (config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None
     return Plan(time, *columns, None, _PREDICTIONS[config.prediction_type], config.clip_sample_range if config.clip_sample and not threshold
-                else None, threshold, ddpm or rederive, "mean" if ddpm else "pred")
+                else None, threshold, rederive, ddpm, "mean" if ddpm else "pred")

@@ -19,6 +19,7 @@ class Plan(NamedTuple):
     clip       x0 is clamped to [-clip, clip]
     threshold  (quantile, most): x0 is clamped to [-s, s] and divided by s, the quantile of |x0| per sample, within [1, most]
     rederive   eps follows from the bounded x0; else it stays the prediction's
+    of_z       to_eps multiplies z, not eps: the posterior's mean as others write it, to round as they do, for one more pass
     guided     a classifier's gradient g acts on "pred", eps - sigma g, or on the "mean", + variance g
     """
 
@@ -34,6 +35,7 @@ class Plan(NamedTuple):
     clip: float | None = None
     threshold: tuple | None = None
     rederive: bool = True
+    of_z: bool = False
     guided: str = "pred"
 
 

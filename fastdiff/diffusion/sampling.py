@@ -131,13 +131,19 @@ def advance(denoiser, plan, corrector, gradient, self_condition, constrain, want
     drawn = {} if noise is None else dict(noise=noise, variance=None if v is None else (v, log_ratio))
     to_noise = None if noise is None else to_noise
     x0 = None
-    if plan.threshold is not None:
-        parts = [denoise_step(z, pred, signal, sigma, *weights, prediction=prediction) for weights in ((1.0, 0.0), (0.0, 1.0))]
-        x0, eps = dynamic_threshold(parts[0], *plan.threshold), parts[1]
-        if plan.rederive:
-            eps = add_noise(z, x0, 1 / sigma, -signal / sigma)
-        # with signal 1 and sigma 0 a step takes its x0 and eps as they are
-        z = denoise_step(x0, eps, torch.ones_like(sigma), torch.zeros_like(sigma), to_x0, to_eps, to_noise, **drawn)
+    if plan.of_z or plan.threshold is not None:
+        one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
+        x0 = denoise_step(z, pred, signal, sigma, one, zero, prediction=prediction, clip=plan.clip)
+        if plan.threshold is not None:
+            x0 = dynamic_threshold(x0, *plan.threshold)
+        if plan.of_z:
+            other = z
+        elif plan.rederive:
+            other = add_noise(z, x0, 1 / sigma, -signal / sigma)
+        else:
+            other = denoise_step(z, pred, signal, sigma, zero, one, prediction=prediction)
+        # with signal 1 and sigma 0 a step takes what it is given for its x0 and eps
+        z = denoise_step(x0, other, one, zero, to_x0, to_eps, to_noise, **drawn)
     elif wants_x0 or self_condition == "x0":
         z, x0 = denoise_step_with_x0(z, pred, signal, sigma, to_x0, to_eps, to_noise, prediction=prediction, clip=plan.clip,
                                      rederive=plan.rederive, **drawn)
