@@ -141,6 +141,15 @@ def test_step_never_waits_for_the_device(name):
     assert new.shape == z.shape and new.device.type == "cuda"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
+@pytest.mark.parametrize("name", PLANS)
+def test_graph_replays_the_loop(name):
+    plan, z = PLANS[name], torch.randn(2, 3, 4, 4, device="cuda")
+    kwargs = dict(corrector=D.Langevin(steps=2)) if name == "pc" else {}
+    run = lambda graph: D.sample(_network(plan), z, plan, generator=torch.Generator("cuda").manual_seed(0), graph=graph, **kwargs)
+    torch.testing.assert_close(run(True), run(False))
+
+
 def test_self_condition_on_x0():
     plan, seen = D.ddim(LINEAR.steps(), prediction="x0", clip=0.5), []
 
