@@ -140,10 +140,10 @@ void step_piece(const Shape& s, const Step& p, const Folded& c, int64_t b, int64
   if constexpr (noisy) pn = at<T>(p.noise, b, start);
   if constexpr (learned) pv = at<T>(p.v, b, start);
   const auto next = [&](int64_t j, const auto& get, f32 x, f32 pred, f32 clean) {
-    f32 sum = x * c.x_in_y + rounded(pred * c.pred_in_y);
+    f32 sum = rounded(x * c.x_in_y) + rounded(pred * c.pred_in_y);
     if constexpr (clipped) sum += rounded(clean * c.x0_in_y);
-    if constexpr (learned) sum += get(pn + j) * (exp_twice((get(pv + j) + 1.0f) * c.half_log) * c.noise_in_y);
-    else if constexpr (noisy) sum += get(pn + j) * c.noise_in_y;
+    if constexpr (learned) sum += rounded(get(pn + j) * (exp_twice((get(pv + j) + 1.0f) * c.half_log) * c.noise_in_y));
+    else if constexpr (noisy) sum += rounded(get(pn + j) * c.noise_in_y);
     return sum;
   };
   const auto found = [&](f32 x, f32 pred) {
