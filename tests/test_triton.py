@@ -20,8 +20,8 @@ from fastdiff.core.jit import INTERPRET, power_of_two
 from fastdiff.testing import Example, properties, subjects
 
 triton = pytest.importorskip("triton")
-ATTENTION, GRID, CROSS, DCT = (importlib.import_module(f"fastdiff.ops.{name}.triton")
-                               for name in ("attention", "fourier_cross_attend", "cross_attend", "dct"))
+ATTENTION, GRID, CROSS, DCT, LAYER = (importlib.import_module(f"fastdiff.ops.{name}.triton") for name in
+                                      ("attention", "fourier_cross_attend", "cross_attend", "dct", "layer_norm_modulate"))
 interpreter = pytest.mark.skipif(not INTERPRET, reason="runs in the process of test_interpreter")
 compiler = pytest.mark.skipif(bool(INTERPRET), reason="the interpreter compiles nothing")
 
@@ -286,6 +286,43 @@ def test_frequencies_are_refused():
     assert "at most" in REGISTRY["dct"].backends[0].why_not((x, 1, False)) and not REGISTRY["dct"].backends[0].why_not((x.T, 1, False))
 
 
+MODULATED = [dict(B=2, N=37, D=70, affine="weight bias", wide=True), dict(N=20, D=33, scale="token", affine="weight"), dict(B=0, D=4)]
+
+
+@interpreter
+@pytest.mark.parametrize("width", [8192, 32])
+@pytest.mark.parametrize("dims", MODULATED)
+def test_layer_norm(dims, width, monkeypatch):
+    """Rows that are one block of columns, and several."""
+    monkeypatch.setitem(LAYER.LAUNCH, "width", width)
+    name = "gate_residual_norm_modulate"
+    for (dtype, layout), per in zip(DRESSED, ("sample", "token", "sample"), strict=True):
+        values = {"x": "offset 1e3"} if dtype == torch.float32 else {}
+        example = _example(name, dtype, layout, values, **dict(B=1, gate=per, shift=per) | dims)
+        properties.gradients(SUBJECTS[name], example)
+    properties.written(SUBJECTS[name], example)
+
+
+@interpreter
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "sliced"])
+@pytest.mark.parametrize("dims", [dict(B=2, groups=3, per_group=5, space=(16, 17), wide=True),
+                                  dict(groups=2, per_group=33, space=(130,)), dict(B=0)])
+def test_group_norm(dims, layout):
+    for dtype, values in zip(FLOATS, ("offset 1e3", "normal", "one dominant"), strict=True):
+        example = _example("group_norm_modulate", dtype, layout, {"x": values}, **dict(B=1) | dims)
+        properties.gradients(SUBJECTS["group_norm_modulate"], example)
+    properties.written(SUBJECTS["group_norm_modulate"], example)
+
+
+@interpreter
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("sizes", [(2, 7, 70), (1, 1, 1100), (1, 0, 4)])
+def test_geglu(sizes, approximate):
+    for dtype, layout in DRESSED:
+        example = _example("geglu", dtype, layout, {"x": "one dominant"}, **dict(zip("BNF", sizes, strict=True)), approximate=approximate)
+        properties.gradients(SUBJECTS["geglu"], example)
+
+
 # Compiled
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program can have, by architecture
@@ -376,6 +413,23 @@ def _calls(dtype):
             vectors = [made(n) if every else None for n in widths]
             lengths = torch.full((1,), N) if every else None
             yield REGISTRY["cross_attend"], (made(1, M, D), made(1, N, C), *(made(*w) for w in weights), *vectors, lengths, 8, 1e-6, every)
+    for D, per in ((1152, (2,)), (9000, (2, 300))):
+        x, modulation, vector = made(2, 300, D), made(*per, D), made(D)
+        yield REGISTRY["gate_residual"], (x, x, modulation)
+        yield REGISTRY["gate_residual_backward"], (x, x, modulation)
+        yield REGISTRY["layer_norm_modulate"], (x, modulation, modulation, None, None, 1e-6)
+        yield REGISTRY["gate_residual_norm_modulate"], (x, x, *(modulation,) * 3, vector, vector, 1e-6)
+        yield REGISTRY["layer_norm_modulate_backward"], (x, None, x, None, None, modulation, modulation, None, None, 1e-6, [True] * 7)
+        yield REGISTRY["layer_norm_modulate_backward"], (x, x, x, x, *(modulation,) * 3, vector, vector, 1e-6, [True] * 7)
+    for C, memory in ((320, torch.contiguous_format), (192, torch.channels_last), (2048, torch.channels_last)):
+        x, vector, modulation = made(2, C, 16, 16).to(memory_format=memory), made(C), made(2, C)
+        modulated = (32, vector, vector, modulation, modulation, 1e-5, True)
+        yield REGISTRY["group_norm_modulate"], (x, *modulated)
+        yield REGISTRY["group_norm_modulate"], (x, 32, None, None, None, None, 1e-5, False)
+        yield REGISTRY["group_norm_modulate_backward"], (x, x, torch.empty(2, 32, 3), *modulated, [True] * 5)
+    for approximate in ("none", "tanh"):
+        yield REGISTRY["geglu"], (made(4096, 2560), approximate)
+        yield REGISTRY["geglu_backward"], (made(4096, 1280), made(4096, 2560), approximate)
     for order in ("pqc", "cpq"):
         yield REGISTRY["patchify"], (made(2, 3, 64, 64), [8, 8], order)
         yield REGISTRY["unpatchify"], (made(2, 64, 192), [8, 8], [8, 8], order)

@@ -65,13 +65,23 @@ inline V load_as(const T* p) {
 
 inline f32 to_f32(u16 h, bf16) { return from_bits(__builtin_convertvector(h, u32) << 16); }
 
-inline u16 from_f32(f32 x, bf16) {
+inline u16 nearest_bf16(f32 x) {
   const u32 b = bits(x);
   // Nearest even; a NaN keeps its top bits and is made quiet, since rounding could carry it into infinity.
   const u32 rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
   const u32 nan = (b >> 16) | 0x40u;
   return __builtin_convertvector(x != x ? nan : rounded, u16);
 }
+
+#if defined(__AVX512BF16__)
+// The processor's own conversion gives the same bits, but takes subnormal numbers for 0.
+inline u16 from_f32(f32 x, bf16) {
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)x, 0x20) != 0, 0)) return nearest_bf16(x);
+  return (u16)_mm512_cvtneps_pbh((__m512)x);
+}
+#else
+inline u16 from_f32(f32 x, bf16) { return nearest_bf16(x); }
+#endif
 
 #if defined(__AVX512F__)
 // The zero-masking forms: GCC 12 warns of the undefined merge operand inside the plain ones.
@@ -248,8 +258,8 @@ inline f32 reciprocal(f32 x) {
 #endif
 }
 
-// 1 / (1 + e^-x); below -87.9, and for NaN, e^-87.9.
-inline f32 sigmoid(f32 x) { return reciprocal(1.0f + exp(-x < 87.9f ? -x : splat(87.9f))); }
+// 1 / (1 + e^-x); 0 below -87.9, and a number for NaN.
+inline f32 sigmoid(f32 x) { return x < -87.9f ? f32{} : reciprocal(1.0f + exp(-x < 87.9f ? -x : splat(87.9f))); }
 
 // Round h of a transposition of kLanes vectors exchanges the off-diagonal blocks of size h of each pair a = v[i], b = v[i + h].
 template <int h>

@@ -31,8 +31,8 @@ inline Gate exact(f32 x) {
 // (1 + tanh v) / 2 = sigmoid(2 v), v = sqrt(2 / pi) (x + 0.044715 x^3).
 inline Gate tanh(f32 x) {
   constexpr float root = 0x1.988454p+0f, cubic = 0.044715f;  // 2 sqrt(2 / pi)
-  const f32 share = sigmoid(root * (x + cubic * x * x * x));
-  return {share, share * (1.0f - share) * root * (1.0f + 3.0f * cubic * x * x)};
+  const f32 v = -root * (x + cubic * x * x * x), e = exp(v < 87.9f ? v : splat(87.9f)), share = v > 87.9f ? f32{} : reciprocal(1.0f + e);
+  return {share, share * e * share * root * (1.0f + 3.0f * cubic * x * x)};  // 1 - share = e share, without cancellation
 }
 
 // f<T>(gate), the gate known at compile time.

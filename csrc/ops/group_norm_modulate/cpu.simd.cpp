@@ -9,11 +9,10 @@ using namespace fastdiff::FASTDIFF_ISA;
 
 constexpr int64_t kBlock = 4096;  // elements that two passes find in the first-level cache
 
-float read(const Operand& x, Type type, int64_t b, int64_t c, float absent) {
-  if (!x.data) return absent;
-  float v = 0.0f;
-  typed(x.wide ? Type::f32 : type, [&]<class T>() { v = load_one(static_cast<const T*>(x.data) + b * x.b + c); });
-  return v;
+// f(p), p the operand's values from channel c of sample b on, in their own type; not called where there is no operand.
+template <class F>
+void with(const Operand& x, Type type, int64_t b, int64_t c, const F& f) {
+  if (x.data) typed(x.wide ? Type::f32 : type, [&]<class T>() { f(static_cast<const T*>(x.data) + b * x.b + c); });
 }
 
 template <class T>
@@ -73,11 +72,15 @@ struct Channels {
     mean = scratch, rstd = mean + step, rest = rstd + step, gain = rest + step, offset = gain + step;
     for (int64_t c = begin; c < end; ++c) {
       const Statistics& g = groups[b * s.groups + c / width];
-      const float scale = 1.0f + read(m.scale, s.type, b, c, 0.0f);
-      mean[c] = g.mean, rstd[c] = g.rstd, rest[c] = g.rest * g.rstd;
-      gain[c] = read(m.weight, s.type, 0, c, 1.0f) * scale;
-      offset[c] = read(m.bias, s.type, 0, c, 0.0f) * scale + read(m.shift, s.type, b, c, 0.0f);
+      mean[c] = g.mean, rstd[c] = g.rstd, rest[c] = g.rest * g.rstd, gain[c] = 1.0f, offset[c] = 0.0f;
     }
+    const auto each = [&](const Operand& x, int64_t b, const auto& f) {
+      with(x, s.type, b, begin, [&](const auto* p) { for_vectors(end - begin, [&](int64_t j, const auto& get, const auto& put, int) { f(begin + j, get(p + j), get, put); }); });
+    };
+    each(m.scale, b, [&](int64_t c, f32 v, const auto&, const auto& put) { put(gain + c, 1.0f + v); });
+    each(m.bias, 0, [&](int64_t c, f32 v, const auto& get, const auto& put) { put(offset + c, v * get(gain + c)); });
+    each(m.shift, b, [&](int64_t c, f32 v, const auto& get, const auto& put) { put(offset + c, v + get(offset + c)); });
+    each(m.weight, 0, [&](int64_t c, f32 v, const auto& get, const auto& put) { put(gain + c, v * get(gain + c)); });
   }
 };
 
@@ -180,36 +183,41 @@ void backward(const Shape& s, const Backward& a, float* sums, int64_t begin, int
   if (a.stream) stream_end();
 }
 
-// Channels last. Blocks of pixels stay in cache for two passes; each channel's deviations are from its own mean in the block.
+// Channels last. Deviations of each channel are from a guess of its own, as in `moments`; a block stays in cache for another pass.
 void pixel_moments(const Shape& s, const Image& x, int64_t b, int64_t begin, int64_t end, Moments* groups, float* scratch) {
   const int64_t step = stride(s), width = s.C / s.groups, fit = 4 * kBlock / s.C, least = fit < 8 ? 8 : fit;
-  float *mean = scratch, *sum = mean + step, *squares = sum + step;
+  float *guess = scratch, *sum = guess + step, *squares = sum + step;
   for (int64_t g = 0; g < s.groups; ++g) groups[g] = {};
+  std::memset(guess, 0, step * sizeof(float));
   typed(s.type, [&]<class T>() {
+    const int64_t few = end - begin < 4 ? end - begin : 4;
+    for (int64_t p = begin; p < begin + few; ++p)
+      for_vectors(s.C, [&](int64_t j, const auto& get, const auto&, int) { store(guess + j, load(guess + j) + get(row<T>(x, b, p) + j) * (1.0f / few)); });
     for (int64_t first = begin; first < end; first += least) {
       const int64_t n = end - first < least ? end - first : least;
-      std::memset(scratch, 0, 3 * step * sizeof(float));
-      for (int64_t p = first; p < first + n; ++p) {
-        const T* pixel = row<T>(x, b, p);
-        for_vectors(s.C, [&](int64_t j, const auto& get, const auto&, int) { store(mean + j, load(mean + j) + get(pixel + j)); });
-      }
-      for (int64_t j = 0; j < step; j += kLanes) store(mean + j, load(mean + j) / static_cast<float>(n));
-      for (int64_t p = first; p < first + n; ++p) {
-        const T* pixel = row<T>(x, b, p);
-        for_vectors(s.C, [&](int64_t j, const auto& get, const auto&, int) {
-          const f32 d = get(pixel + j) - load(mean + j);
-          store(sum + j, load(sum + j) + d);
-          store(squares + j, load(squares + j) + d * d);
-        });
+      for (bool again = false;; again = true) {
+        std::memset(sum, 0, 2 * step * sizeof(float));
+        for (int64_t p = first; p < first + n; ++p) {
+          const T* pixel = row<T>(x, b, p);
+          for_vectors(s.C, [&](int64_t j, const auto& get, const auto&, int) {
+            const f32 d = get(pixel + j) - load(guess + j);
+            store(sum + j, load(sum + j) + d);
+            store(squares + j, load(squares + j) + d * d);
+          });
+        }
+        bool near = true;
+        for (int64_t c = 0; c < s.C; ++c) near &= sum[c] * sum[c] <= 0.5f * squares[c] * n;
+        if (again || near) break;
+        for (int64_t c = 0; c < s.C; ++c) guess[c] += sum[c] / n;
       }
       for (int64_t g = 0; g < s.groups; ++g) {
         const double count = static_cast<double>(n);
         Moments block{count * width, 0.0, 0.0};
-        for (int64_t c = g * width; c < (g + 1) * width; ++c) block.mean += mean[c] + sum[c] / count;
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) block.mean += guess[c] + sum[c] / count;
         block.mean /= width;
         for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-          const double rest = sum[c] / count, d = mean[c] + rest - block.mean;
-          block.m2 += squares[c] - rest * rest * count + d * d * count;
+          const double rest = sum[c] / count, d = guess[c] + rest - block.mean, m2 = squares[c] - rest * rest * count;
+          block.m2 += (m2 < 0.0 ? 0.0 : m2) + d * d * count;
         }
         join_into(groups[g], block);
       }
@@ -281,25 +289,30 @@ void pixel_backward(const Shape& s, const Backward& a, int64_t b, int64_t begin,
   if (a.stream) stream_end();
 }
 
-void put(const Gradient& g, Type type, int64_t at, float x) {
-  typed(g.wide ? Type::f32 : type, [&]<class T>() { store_n(static_cast<T*>(g.data) + at, splat(x), 1); });
+void put(const Gradient& g, Type type, int64_t at, f32 x, int n) {
+  if (g.data) typed(g.wide ? Type::f32 : type, [&]<class T>() { store_n(static_cast<T*>(g.data) + at, x, n, false); });
 }
 
 void finish(const Shape& s, const Modulation& m, const float* sums, const Gradients& g) {
   const int64_t step = stride(s);
-  for (int64_t c = 0; c < s.C; ++c) {
-    const float weight = read(m.weight, s.type, 0, c, 1.0f), bias = read(m.bias, s.type, 0, c, 0.0f);
-    double dweight = 0.0, dbias = 0.0;
+  for_vectors(s.C, [&](int64_t c, const auto& get, const auto&, int n) {
+    const auto read = [&](const Operand& x, int64_t b, float absent) {
+      f32 v = splat(absent);
+      with(x, s.type, b, c, [&](const auto* p) { v = get(p); });
+      return v;
+    };
+    const f32 weight = read(m.weight, 0, 1.0f), bias = read(m.bias, 0, 0.0f);
+    f32 dweight = {}, dbias = {};
     for (int64_t b = 0; b < s.B; ++b) {
-      const float dy = sums[b * 2 * step + c], dy_normal = sums[(b * 2 + 1) * step + c], scale = 1.0f + read(m.scale, s.type, b, c, 0.0f);
-      if (g.scale.data) put(g.scale, s.type, b * s.C + c, dy_normal * weight + dy * bias);
-      if (g.shift.data) put(g.shift, s.type, b * s.C + c, dy);
-      dweight += static_cast<double>(dy_normal) * scale;
-      dbias += static_cast<double>(dy) * scale;
+      const f32 dy = get(sums + b * 2 * step + c), dy_normal = get(sums + (b * 2 + 1) * step + c), scale = 1.0f + read(m.scale, b, 0.0f);
+      put(g.scale, s.type, b * s.C + c, dy_normal * weight + dy * bias, n);
+      put(g.shift, s.type, b * s.C + c, dy, n);
+      dweight += dy_normal * scale;
+      dbias += dy * scale;
     }
-    if (g.weight.data) put(g.weight, s.type, c, static_cast<float>(dweight));
-    if (g.bias.data) put(g.bias, s.type, c, static_cast<float>(dbias));
-  }
+    put(g.weight, s.type, c, dweight, n);
+    put(g.bias, s.type, c, dbias, n);
+  });
 }
 
 }  // namespace

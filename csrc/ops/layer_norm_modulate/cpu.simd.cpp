@@ -67,17 +67,32 @@ struct Coefficients {
   }
 };
 
-// Mean and 1 / sqrt(var + eps) of a row: normal = ((x - mean) - rest) rstd. The mean is a float32 number near the mean, rest what it lacks:
-// neither cancellation nor the mean's rounding reaches the result.
+// normal = ((x - guess) - rest) rstd, guess + rest the mean: neither cancellation nor the mean's rounding reaches the result.
 struct Statistics {
-  float mean, rest, rstd;
+  float guess, rest, rstd;
 
-  // deviations: sums of x - mean and its square.
-  void finish(float sum, float squares, int64_t D, float eps) {
+  // From the sums of x - guess and its square, if the guess is no further off than the elements vary: then the difference of squares costs a bit
+  // at most. Else a better guess, for another pass: then `again`.
+  bool finish(float sum, float squares, int64_t D, float eps, bool again) {
     rest = sum / D;
-    rstd = 1.0f / __builtin_sqrtf(squares / D - rest * rest + eps);
+    const float square = squares / D;
+    if (!again && !(rest * rest <= 0.5f * square)) {
+      guess += rest;
+      return false;
+    }
+    rstd = 1.0f / __builtin_sqrtf(square - rest * rest + eps);
+    return true;
   }
 };
+
+// A guess of a row's mean, from its first elements; value(j, load) are those from j on.
+template <class F>
+float first_mean(int64_t D, const F& value) {
+  const int64_t few = D < kLanes ? D : kLanes;
+  float sum = 0.0f;
+  for_vectors(few, [&](int64_t j, const auto& get, const auto&, int) { sum = reduce_add(value(j, get)); });
+  return sum / few;
+}
 
 template <class T, bool residual, bool norm>
 void forward_rows(const Sizes& n, const Forward& a, int64_t begin, int64_t end, float* scratch) {
@@ -88,36 +103,40 @@ void forward_rows(const Sizes& n, const Forward& a, int64_t begin, int64_t end, 
     c.update(b, t);
     const T *x = row<T>(a.x, b, t), *y = row<T>(a.y, b, t);
     T *out = static_cast<T*>(a.out) + i * D, *h = static_cast<T*>(a.h) + i * D;
+    const auto value = [&](int64_t j, const auto& get) {
+      if constexpr (residual) return get(x + j) + get(c.gate + j) * get(y + j);
+      else return get(x + j);
+    };
+    Statistics s{};
+    if constexpr (norm) s.guess = first_mean(D, value);
     f32 sum[4] = {}, squares[4] = {};
     // What is normalised: the row itself, or what becomes of it, kept in cache.
     constexpr bool kept = residual || sizeof(T) != 4;
     float* line = scratch + 3 * step;
+    const auto add = [&](int u, f32 v, int count) {
+      const f32 d = keep_n(v - s.guess, count, 0.0f);
+      sum[u] += d;
+      squares[u] += d * d;
+    };
     for_chains(D, [&](int u, int64_t j, const auto& get, const auto& put_all, int count) {
-      f32 v = get(x + j);
-      if constexpr (residual) {
-        v += get(c.gate + j) * get(y + j);
-        store_n(out + j, v, count, a.stream);
-      }
+      f32 v = value(j, get);
+      if constexpr (residual) store_n(out + j, v, count, a.stream);
       if constexpr (norm) {
         if constexpr (residual) v = rounded<T>(v);
         if constexpr (kept) put_all(line + j, v);
-        sum[u] += v;
+        add(u, v, count);
       }
     });
     if constexpr (norm) {
       const float* z = line;
       if constexpr (!kept) z = x;
-      Statistics s;
-      s.mean = reduce_add(total(sum)) / D;
-      for (f32& v : sum) v = f32{};
-      for_chains(D, [&](int u, int64_t j, const auto& get, const auto&, int count) {
-        const f32 d = keep_n(get(z + j) - s.mean, count, 0.0f);
-        sum[u] += d;
-        squares[u] += d * d;
-      });
-      s.finish(reduce_add(total(sum)), reduce_add(total(squares)), D, a.m.eps);
+      if (!s.finish(reduce_add(total(sum)), reduce_add(total(squares)), D, a.m.eps, false)) {
+        for (int u = 0; u < 4; ++u) sum[u] = squares[u] = f32{};
+        for_chains(D, [&](int u, int64_t j, const auto& get, const auto&, int count) { add(u, get(z + j), count); });
+        s.finish(reduce_add(total(sum)), reduce_add(total(squares)), D, a.m.eps, true);
+      }
       for_vectors(D, [&](int64_t j, const auto& get, const auto&, int count) {
-        const f32 normal = ((get(z + j) - s.mean) - s.rest) * s.rstd;
+        const f32 normal = ((get(z + j) - s.guess) - s.rest) * s.rstd;
         store_n(h + j, normal * get(c.gain + j) + get(c.offset + j), count, a.stream);
       });
     }
@@ -148,30 +167,32 @@ void backward_rows(const Sizes& n, const Backward& a, int64_t b, int64_t begin, 
     const int64_t at = (b * n.N + t) * D;
     const T *x = row<T>(a.x, b, t), *dh = row<T>(a.dh, b, t), *dout = row<T>(a.dout, b, t), *y = row<T>(a.y, b, t);
     T *dx = static_cast<T*>(a.dx) + at, *dy = static_cast<T*>(a.dy) + at;
-    f32 sum[4] = {}, squares[4] = {}, grads[4] = {}, products[4] = {};
-    for_chains(D, [&](int u, int64_t j, const auto& get, const auto&, int) { sum[u] += get(x + j); });
-    Statistics z;
-    z.mean = reduce_add(total(sum)) / D;
-    for (f32& v : sum) v = f32{};
-    for_chains(D, [&](int u, int64_t j, const auto& get, const auto&, int count) {
-      const f32 d = keep_n(get(x + j) - z.mean, count, 0.0f), g = get(dh + j) * get(c.gain + j);
-      sum[u] += d;
-      squares[u] += d * d;
-      grads[u] += g;
-      products[u] += g * d;
-    });
-    z.finish(reduce_add(total(sum)), reduce_add(total(squares)), D, a.m.eps);
+    Statistics z{};
+    z.guess = first_mean(D, [&](int64_t j, const auto& get) { return get(x + j); });
+    float sum_g = 0.0f, sum_gd = 0.0f;
+    for (bool again = false;; again = true) {
+      f32 sum[4] = {}, squares[4] = {}, grads[4] = {}, products[4] = {};
+      for_chains(D, [&](int u, int64_t j, const auto& get, const auto&, int count) {
+        const f32 d = keep_n(get(x + j) - z.guess, count, 0.0f), g = get(dh + j) * get(c.gain + j);
+        sum[u] += d;
+        squares[u] += d * d;
+        grads[u] += g;
+        products[u] += g * d;
+      });
+      sum_g = reduce_add(total(grads)), sum_gd = reduce_add(total(products));
+      if (z.finish(reduce_add(total(sum)), reduce_add(total(squares)), D, a.m.eps, again)) break;
+    }
     // Means of g and g normal, g = dh gain the gradient of normal.
-    const float mean_g = reduce_add(total(grads)) / D, mean_gn = (reduce_add(total(products)) / D - mean_g * z.rest) * z.rstd;
+    const float mean_g = sum_g / D, mean_gn = (sum_gd / D - mean_g * z.rest) * z.rstd;
     for_vectors(D, [&](int64_t j, const auto& get, const auto& put_all, int count) {
-      const f32 normal = ((get(x + j) - z.mean) - z.rest) * z.rstd, dhj = get(dh + j);
+      const f32 normal = ((get(x + j) - z.guess) - z.rest) * z.rstd, dhj = get(dh + j);
       f32 dz = (dhj * get(c.gain + j) - mean_g - normal * mean_gn) * z.rstd;
       if (dout) dz += get(dout + j);
       store_n(dx + j, dz, count, a.stream);
       if (sum_dh) put_all(sum_dh + j, get(sum_dh + j) + dhj);
       if (sum_dh_normal) put_all(sum_dh_normal + j, get(sum_dh_normal + j) + dhj * normal);
       if constexpr (residual) {
-        if (dy) store_n(dy + j, dz * get(c.gate + j), count, a.stream);
+        if (a.dy) store_n(dy + j, dz * get(c.gate + j), count, a.stream);
         if (sum_dz_y) put_all(sum_dz_y + j, get(sum_dz_y + j) + dz * get(y + j));
         if (a.dgate.data && a.m.gate.token) put(a.dgate.data, a.dgate.wide ? Type::f32 : n.type, at + j, dz * get(y + j), count);
       }
@@ -186,7 +207,7 @@ void backward_rows(const Sizes& n, const Backward& a, int64_t b, int64_t begin, 
         c.fill(weight, a.m.weight, b, t, 0.0f, 1.0f);
         c.fill(bias, a.m.bias, b, t, 0.0f, 0.0f);
         for_vectors(D, [&](int64_t j, const auto& get, const auto&, int count) {
-          const f32 normal = ((get(x + j) - z.mean) - z.rest) * z.rstd;
+          const f32 normal = ((get(x + j) - z.guess) - z.rest) * z.rstd;
           put(a.dscale.data, a.dscale.wide ? Type::f32 : n.type, at + j, get(dh + j) * (normal * get(weight + j) + get(bias + j)), count);
         });
       }

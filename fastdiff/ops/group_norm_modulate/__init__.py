@@ -39,7 +39,8 @@ def _backward_outputs(dy, x, statistics, groups, weight, bias, scale, shift, eps
 
 FORWARD = contract(
     "group_norm_modulate(Tensor x, SymInt groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, bool silu) "
-    "-> (Tensor, Tensor)", outputs=_outputs, reference=reference.group_norm_modulate, backends=(triton.FORWARD, cpu("group_norm_modulate")), module=__name__)
+    "-> (Tensor, Tensor)", outputs=_outputs, reference=reference.group_norm_modulate,
+    backends=(triton.FORWARD, cpu("group_norm_modulate")), module=__name__)
 BACKWARD = contract(
     "group_norm_modulate_backward(Tensor dy, Tensor x, Tensor statistics, SymInt groups, Tensor? weight, Tensor? bias, "
     "Tensor? scale, Tensor? shift, float eps, bool silu, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -90,7 +91,7 @@ BACKWARD.vmap(_mapped(BACKWARD, (4, 5), 10))
 
 
 def group_norm_modulate(x, groups, weight, bias, scale=None, shift=None, *, eps=1e-5, silu=True):
-    """y = silu(GN(x) (1 + scale) + shift), GN(x) = (x - mean) / sqrt(var + eps) * weight + bias, mean and var of a sample's group of channels.
+    """y = silu(GN(x) (1 + scale) + shift), GN(x) = (x - mean) / sqrt(var + eps) * weight + bias over a sample's groups of channels.
 
     Shapes   x (B, C, *space), space 1-D to 3-D, contiguous or channels last (others are copied); weight, bias (C,) or None; scale, shift
              (B, C), any strides, or None; groups divides C -> y as x, in its memory format

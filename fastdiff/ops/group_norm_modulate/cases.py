@@ -15,13 +15,13 @@ def _arguments(B, groups, per_group, space, parts, modulated, wide, eps, silu, l
     C, dtype = groups * per_group, "float32" if wide else None
     channels = lambda name: Array((C,), dtype=dtype, either=True) if name in parts.split() else None
     modulation = lambda name: Array((B, C), dtype=dtype, either=True) if name in modulated.split() else None
-    return dict(x=Array((B, C, *space), last=last), groups=groups, weight=channels("weight"), bias=channels("bias"), scale=modulation("scale"),
-                shift=modulation("shift"), eps=eps, silu=silu)
+    return dict(x=Array((B, C, *space), last=last), groups=groups, weight=channels("weight"), bias=channels("bias"),
+                scale=modulation("scale"), shift=modulation("shift"), eps=eps, silu=silu)
 
 
 CASES = {"group_norm_modulate": Case(
     dims=dict(B=Dim(0, 3), groups=Dim(1, 8), per_group=Dim(0, 40), space=OneOf((5, 7), (1, 1), (0, 3), (16, 17), (9,), (130,), (2, 3, 4)),
-              parts=OneOf("weight bias", "weight", "bias", ""), modulated=OneOf("scale shift", "scale", "shift", ""), wide=OneOf(False, True),
-              eps=OneOf(1e-5, 1e-6, 0.1), silu=OneOf(True, False), last=OneOf(False, True)),
+              parts=OneOf("weight bias", "weight", "bias", ""), modulated=OneOf("scale shift", "scale", "shift", ""),
+              wide=OneOf(False, True), eps=OneOf(1e-5, 1e-6, 0.1), silu=OneOf(True, False), last=OneOf(False, True)),
     arguments=_arguments, bytes=lambda size, x, **_: 2 * size * prod(x.shape), batched=("x", "scale", "shift"),
     bench=_BENCH)}

@@ -78,7 +78,8 @@ def _apply(x_ptr, part_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, s
     i_b, first = i_bg // groups, i_bg % groups * width
     o_c = tl.arange(0, CHANNELS)
     m_c = o_c < width
-    gain, offset = _gain_offset(weight_ptr, bias_ptr, scale_ptr, shift_ptr, vector_strides, scale_strides, shift_strides, i_b, first + o_c, m_c)
+    gain, offset = _gain_offset(weight_ptr, bias_ptr, scale_ptr, shift_ptr, vector_strides, scale_strides, shift_strides, i_b, first + o_c,
+                                m_c)
     count, mean, squares = 0.0, 0.0, 0.0
     for i in range(0, tl.num_programs(1)):
         base = part_ptr + (i_bg * tl.num_programs(1) + i) * 3
@@ -128,7 +129,8 @@ def _sums(dy_ptr, x_ptr, statistics_ptr, weight_ptr, bias_ptr, scale_ptr, shift_
     i_b, first = i_bg // groups, i_bg % groups * width
     o_c = tl.arange(0, CHANNELS)
     m_c = o_c < width
-    gain, offset = _gain_offset(weight_ptr, bias_ptr, scale_ptr, shift_ptr, vector_strides, scale_strides, shift_strides, i_b, first + o_c, m_c)
+    gain, offset = _gain_offset(weight_ptr, bias_ptr, scale_ptr, shift_ptr, vector_strides, scale_strides, shift_strides, i_b, first + o_c,
+                                m_c)
     mean, rest = tl.load(statistics_ptr + i_bg * 3), tl.load(statistics_ptr + i_bg * 3 + 1)
     rstd = tl.load(statistics_ptr + i_bg * 3 + 2)
     x_ptr += i_b * x_strides[0] + (first + o_c)[:, None] * x_strides[1]
@@ -152,8 +154,8 @@ def _sums(dy_ptr, x_ptr, statistics_ptr, weight_ptr, bias_ptr, scale_ptr, shift_
 
 
 @jit
-def _gradient(dy_ptr, x_ptr, statistics_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, sums_ptr, dx_ptr, groups, width, P, per, dy_strides,
-              x_strides, dx_strides, vector_strides, scale_strides, shift_strides, SILU: tl.constexpr, CHANNELS: tl.constexpr,
+def _gradient(dy_ptr, x_ptr, statistics_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, sums_ptr, dx_ptr, groups, width, P, per,
+              dy_strides, x_strides, dx_strides, vector_strides, scale_strides, shift_strides, SILU: tl.constexpr, CHANNELS: tl.constexpr,
               PIXELS: tl.constexpr):
     """dx = (dy gain - mean of that - normal times the mean of that normal) rstd.
 
@@ -166,7 +168,8 @@ def _gradient(dy_ptr, x_ptr, statistics_ptr, weight_ptr, bias_ptr, scale_ptr, sh
     i_b, first = i_bg // groups, i_bg % groups * width
     o_c = tl.arange(0, CHANNELS)
     m_c = o_c < width
-    gain, offset = _gain_offset(weight_ptr, bias_ptr, scale_ptr, shift_ptr, vector_strides, scale_strides, shift_strides, i_b, first + o_c, m_c)
+    gain, offset = _gain_offset(weight_ptr, bias_ptr, scale_ptr, shift_ptr, vector_strides, scale_strides, shift_strides, i_b, first + o_c,
+                                m_c)
     mean, rest = tl.load(statistics_ptr + i_bg * 3), tl.load(statistics_ptr + i_bg * 3 + 1)
     rstd = tl.load(statistics_ptr + i_bg * 3 + 2)
     sums_ptr += i_bg * width + o_c
@@ -207,7 +210,8 @@ def _cut(x, groups):
     block = power_of_two(min(P, max(1, LAUNCH["elements"] // channels)))
     pieces = max(1, pick(PROGRAMS, device.architecture(x.device), C) // (B * groups))
     per = max(block, cdiv(P, pieces))
-    return (B * groups, cdiv(P, per)), (groups, C // groups, P, per), dict(CHANNELS=channels, PIXELS=block, num_warps=LAUNCH["num_warps"], **OPTIONS)
+    settings = dict(CHANNELS=channels, PIXELS=block, num_warps=LAUNCH["num_warps"], **OPTIONS)
+    return (B * groups, cdiv(P, per)), (groups, C // groups, P, per), settings
 
 
 def _run(args, outs):
@@ -220,8 +224,8 @@ def _run(args, outs):
     grid, shape, settings = _cut(x, groups)
     part = torch.empty((*grid, 3), dtype=torch.float32, device=x.device)
     _moments[grid](x, part, *shape, x.stride(), **settings)
-    _apply[grid](x, part, weight, bias, scale, shift, y, statistics, *shape, eps, x.stride(), y.stride(), (_strides(weight), _strides(bias)),
-                 _strides(scale), _strides(shift), SILU=silu, **settings)
+    _apply[grid](x, part, weight, bias, scale, shift, y, statistics, *shape, eps, x.stride(), y.stride(),
+                 (_strides(weight), _strides(bias)), _strides(scale), _strides(shift), SILU=silu, **settings)
 
 
 def _run_backward(args, outs):

@@ -86,7 +86,7 @@ def _gate_backward(ctx, dout):
 
 def _both_backward(ctx, dout, dh):
     if dh is None:
-        out, y, gate, *_ = ctx.saved_tensors
+        _, y, gate, *_ = ctx.saved_tensors
         return *((None,) * 3 if dout is None else _kept((dout, *GATE_BACKWARD(dout, y, gate)), ctx.wants[:3])), *(None,) * 5
     grads = NORM_BACKWARD(dh, dout, *ctx.saved_tensors, ctx.args[7], list(ctx.wants[:7]))
     return *_kept(grads, ctx.wants[:7]), None
@@ -125,7 +125,7 @@ NORM_BACKWARD.vmap(_mapped(NORM_BACKWARD, (7, 8), 10))
 
 
 def layer_norm_modulate(x, shift=None, scale=None, weight=None, bias=None, *, eps=1e-6):
-    """y = LN(x) (1 + scale) + shift, LN(x) = (x - mean) / sqrt(var + eps) * weight + bias over the last axis; a part that is None is left out.
+    """y = LN(x) (1 + scale) + shift, LN(x) = (x - mean) / sqrt(var + eps) * weight + bias over the last axis; None leaves a part out.
 
     Shapes   x (B, N, D); shift, scale (B, D) or (B, N, D), any strides (chunks of one projection are not copied); weight, bias (D,)
              -> y (B, N, D), contiguous

@@ -7,10 +7,10 @@ from ...core.case import Array, Case, Dim, OneOf
 _PER = OneOf("sample", "token", None)
 _NORM = dict(shift=_PER, scale=_PER, affine=OneOf("", "weight bias", "weight", "bias"), eps=OneOf(1e-6, 1e-5, 0.1))
 _SIZES = dict(B=Dim(0, 3), N=Dim(0, 130), D=Dim(0, 300), wide=OneOf(False, True))
-# RIN: spec of its latents and interface; per token: the timestep of a token of its own (diffusion forcing, inpainting).
 _BENCH = {
-    "DiT-XL/2 256px": dict(B=32, N=256, D=1152), "DiT-XL/2 512px": dict(B=8, N=1024, D=1152), "DiT-XL/2 512px B1": dict(B=1, N=1024, D=1152),
-    "RIN latents B8": dict(B=8, N=256, D=1024), "DiT-XL/2 256px per token": dict(B=8, N=256, D=1152),
+    "DiT-XL/2 256px": dict(B=32, N=256, D=1152), "DiT-XL/2 512px": dict(B=8, N=1024, D=1152),
+    "DiT-XL/2 512px B1": dict(B=1, N=1024, D=1152), "RIN latents B8": dict(B=8, N=256, D=1024),
+    "DiT-XL/2 256px per token": dict(B=8, N=256, D=1152),
 }
 
 
@@ -46,7 +46,8 @@ def _bytes(outputs):
 
 
 def _case(arguments, outputs, batched, **dims):
-    bench = {name: row | ({k: "token" for k in ("shift", "scale", "gate") if k in dims} if "token" in name else {}) for name, row in _BENCH.items()}
+    own = {name: "token" for name in ("shift", "scale", "gate") if name in dims}
+    bench = {name: row | own if "per token" in name else row for name, row in _BENCH.items()}
     return Case(dims=_SIZES | dims, arguments=arguments, bytes=_bytes(outputs), batched=batched, bench=bench)
 
 

@@ -7,7 +7,7 @@ from ...core.backend import triton
 from ...core.jit import OPTIONS, cdiv, jit, load_tile, narrow, power_of_two, rows, store_tile, tl
 from ...core.launch import pick
 
-# Widest block of columns; elements in a program's tile; columns and least rows that a program of the backward pass takes. Not tuned on a GPU yet.
+# Widest block of columns; elements of a program's tile; columns and rows of a tile of the backward pass. Not tuned on a GPU yet.
 LAUNCH = dict(width=8192, elements=4096, columns=128, rows=16, num_warps=4)
 # Programs that fill the chip, by architecture: what the backward pass cuts rows for.
 PROGRAMS = ((100, None, 592), (90, None, 528), (1, None, 432), (0, None, 4))
@@ -288,7 +288,8 @@ def _launch_backward(dh, dout, x, y, gate, shift, scale, weight, bias, eps, dx, 
     own = lambda grad: grad if grad is not None and grad.dim() == 3 else None
     _columns[(B * pieces, cdiv(D, width))](
         dh, dout, x, y, gate, scale, weight, bias, row, dx, dy, own(dgate), own(dshift), own(dscale), part, B, N, per,
-        *map(_strides, (dh, dout, x, y, gate, scale)), TOKEN_SCALE=token, D=D, WIDTH=width, ROWS=block, num_warps=LAUNCH["num_warps"], **OPTIONS)
+        *map(_strides, (dh, dout, x, y, gate, scale)), TOKEN_SCALE=token, D=D, WIDTH=width, ROWS=block, num_warps=LAUNCH["num_warps"],
+        **OPTIONS)
     sum_dh, sum_dhn, sum_g, sum_gn, sum_dzy = part.sum(2)
     one_plus = 1.0 if scale is None or token else 1.0 + scale.float()
     affine = (sum_dhn if weight is None else sum_dhn * weight.float()) + (0.0 if bias is None else sum_dh * bias.float())
