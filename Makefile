@@ -11,7 +11,7 @@ demo: $(VENV)/.prepared
 	$(RUN) -m fastdiff demo
 
 test: $(VENV)/.demo $(VENV)/.built
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 deep: $(VENV)/.demo $(VENV)/.built
 	$(RUN) -m pytest tests/test_contract.py --deep
@@ -47,7 +47,7 @@ clean:
 $(VENV)/.installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) setuptools wheel cmake ninja numpy rich ruff triton pybind11 pytest hypothesis einops scipy matplotlib
+	$(PIP) setuptools wheel cmake ninja numpy rich ruff triton pybind11 pytest pytest-xdist hypothesis einops scipy matplotlib
 	touch $@
 
 # The public models of the demo and of the tests, each with its own needs named: torchvision has no build beside a CPU torch, and asking for

@@ -39,7 +39,8 @@ def _accelerated(model):
 
 @dataclass(frozen=True)
 class Model:
-    """package: the distribution it comes from; None: ours, beside no other's. build() -> (module, its positional inputs). shape: its sizes, for the record.
+    """package: the distribution it comes from; None: ours, beside no other's. build() -> (module, its positional inputs). shape: its sizes,
+    for the record.
 
     fast(module) -> (a faster one with weights of its own, the report of accelerate or None), by what op names: "models", one of
     fastdiff.models, whose parameters are others. alike: it computes the same; otherwise it has the same sizes, and is held to its own
@@ -304,7 +305,7 @@ def measure(name, pass_, threads, budget, notes):
             "op": op.format(case.op), "case": name, "dtype": "float32", "pass": pass_, "device": "cpu", "threads": threads,
             "backend": f"{len(swapped.replaced)} modules" if swapped else "ops", "shape": case.shape, **times, "floor_ms": None,
             "of_floor": None, "peak_bytes": peak,
-            "peer_peak_bytes": peers and memory.peak(lambda best=times["best_peer"]: runs[best](0), "cpu")[0] or None,
+            "peer_peak_bytes": memory.peak(lambda best=times["best_peer"]: runs[best](0), "cpu")[0] if peers else None,
             "error": difference(plain, after[:checked])[1], "error_limit": suite.PEER_ERROR["float32"]})
     return records
 
