@@ -176,17 +176,20 @@ class _Layer:
             self.add(f"{name}_bias", flat.sum(0, dtype=torch.float32))
         return self.project(dy, (pair[0].T, None), added, dtype=dtype)
 
-    def norm_backward(self, dy, x, which):
-        """In float32."""
-        gain, _ = self.norms[which]
+    def norm_backward(self, dy, x, which, added, out):
+        """Gradient by x of a norm, + added, into `out`."""
+        gain, shift = self.norms[which]
         if gain is None:
-            return dy
-        x, gain = x.float(), gain.float()
+            return out.copy_(dy if added is None else dy + added)
+        x, dy, added = (t if t is None else t.to(self.dtype) for t in (x, dy, added))
+        made = out if out.is_contiguous() and out.dtype == self.dtype else torch.empty_like(x, memory_format=torch.contiguous_format)
+        nothing, (dgain, dshift) = x.new_empty(0), (torch.empty_like(t, dtype=torch.float32) for t in (gain, shift))
+        into("layer_norm_modulate_backward", (made, *[nothing] * 4, dgain, dshift), dy, added, x, None, None, None, None, gain.float(),
+             shift.float(), self.eps, [True, *[False] * 4, True, True])
         name = ("target_norm", "source_norm")[which]
-        hat, mean, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, self.eps)
-        self.add(f"{name}_0", (dy * hat).flatten(0, 1).sum(0))
-        self.add(f"{name}_1", dy.flatten(0, 1).sum(0))
-        return torch.ops.aten.native_layer_norm_backward(dy * gain, x, x.shape[-1:], mean, scale, None, None, [True, False, False])[0]
+        self.add(f"{name}_0", dgain)
+        self.add(f"{name}_1", dshift)
+        return out if made is out else out.copy_(made)
 
     def bias_backward(self, da, key_lengths):
         """Of v: a query's weights sum to 1, if it sees a key. (k's is 0: it moves all scores of a query alike.)"""
@@ -274,18 +277,15 @@ def _run_backward(args, outs, means=_CPU):
         return
 
     def finish_target(part, dq, z):
-        d = layer.norm_backward(layer.project_backward(dq, z, layer.q, "q"), target[:, part], 0)
-        if residual:
-            torch.add(d, dout[:, part], out=dtarget[:, part])
-        else:
-            dtarget[:, part] = d
+        d = layer.project_backward(dq, z, layer.q, "q")
+        layer.norm_backward(d, target[:, part], 0, dout[:, part] if residual else None, dtarget[:, part])
 
     def finish_source(part, dk, dv, x):
         if layer.absorbed:
             d = dk.float() + dv
         else:
             d = layer.project_backward(dk, x, layer.k, "k", layer.project_backward(dv, x, layer.v, "v"))
-        dsource[:, part] = layer.norm_backward(d, source[:, part], 1)
+        layer.norm_backward(d, source[:, part], 1, None, dsource[:, part])
 
     whole = q.shape[1] == M and k.shape[1] == N
     if whole or M <= N:
