@@ -44,27 +44,33 @@ void put(void* data, Type type, int64_t at, f32 x, int n) {
 f32 total(const f32 (&chain)[4]) { return (chain[0] + chain[1]) + (chain[2] + chain[3]); }
 
 // A row's modulation in float32, made again when the sample changes, or for every row where it is a token's own:
-// normal * gain + offset is the modulated norm, gain = weight (1 + scale), offset = bias (1 + scale) + shift.
+// normal * gain + offset is the modulated norm, gain = weight (1 + scale), offset = bias (1 + scale) + shift. Null: not needed.
 template <class T>
 struct Coefficients {
   const Modulation& m;
-  int64_t D, known = -1;
-  float *gain, *offset, *gate, *scale;  // scale: 1 + scale, only of the backward pass
-  bool token = m.token();
+  int64_t D;
+  float *gain, *offset, *gate, *scale;  // scale: 1 + scale
+  int64_t known = -1;
 
   void update(int64_t b, int64_t n) {
-    if (known == b && !token) return;
+    const bool fresh = known != b;
     known = b;
+    if (gate && m.gate.data && (fresh || m.gate.token)) fill(gate, m.gate, b, n, 0.0f, 0.0f);
+    if (!gain || !(fresh || (m.scale.data && m.scale.token) || (offset && m.shift.data && m.shift.token))) return;
     fill(gain, m.scale, b, n, 1.0f, 1.0f);
     if (scale) std::memcpy(scale, gain, D * sizeof(float));
-    if (m.bias.data)
-      with<T>(m.bias, b, n, [&](const auto* p) { for_vectors(D, [&](int64_t j, const auto& get, const auto& put, int) { put(offset + j, get(p + j) * get(gain + j)); }); });
-    else std::memset(offset, 0, D * sizeof(float));
-    if (m.shift.data)
-      with<T>(m.shift, b, n, [&](const auto* p) { for_vectors(D, [&](int64_t j, const auto& get, const auto& put, int) { put(offset + j, get(p + j) + get(offset + j)); }); });
-    if (m.weight.data)
-      with<T>(m.weight, b, n, [&](const auto* p) { for_vectors(D, [&](int64_t j, const auto& get, const auto& put, int) { put(gain + j, get(p + j) * get(gain + j)); }); });
-    if (m.gate.data && gate) fill(gate, m.gate, b, n, 0.0f, 0.0f);
+    if (offset) {
+      fill(offset, m.bias, b, n, 0.0f, 0.0f);
+      if (m.bias.data) for_vectors(D, [&](int64_t j, const auto& get, const auto& put, int) { put(offset + j, get(offset + j) * get(gain + j)); });
+      join(offset, m.shift, b, n, [](f32 a, f32 shift) { return a + shift; });
+    }
+    join(gain, m.weight, b, n, [](f32 a, f32 weight) { return a * weight; });
+  }
+
+  template <class F>
+  void join(float* out, const Operand& x, int64_t b, int64_t n, const F& f) {
+    if (x.data)
+      with<T>(x, b, n, [&](const auto* p) { for_vectors(D, [&](int64_t j, const auto& get, const auto& put, int) { put(out + j, f(get(out + j), get(p + j))); }); });
   }
 
   void fill(float* out, const Operand& x, int64_t b, int64_t n, float added, float absent) {
@@ -104,14 +110,14 @@ float first_mean(int64_t D, const F& value) {
 template <class T, bool residual, bool norm>
 void forward_rows(const Sizes& n, const Forward& a, int64_t begin, int64_t end, float* scratch) {
   const int64_t D = n.D, step = stride(n);
-  Coefficients<T> c{a.m, D, -1, scratch, scratch + step, scratch + 2 * step, nullptr};
   // What is a token's own is read in place; with weight or bias beside it, or for one of shift and scale alone, it goes through the coefficients.
   const Modulation& m = a.m;
   const bool direct = norm && m.scale.data && m.shift.data && (m.scale.token || m.shift.token) && !m.weight.data && !m.bias.data;
+  const bool made = norm && !direct;
+  Coefficients<T> c{m, D, made ? scratch : nullptr, made ? scratch + step : nullptr, m.gate.token ? nullptr : scratch + 2 * step, nullptr};
   for (int64_t i = begin; i < end; ++i) {
     const int64_t b = i / n.N, t = i % n.N;
-    if (norm && !direct) c.update(b, t);
-    else if (residual && !m.gate.token && c.known != b) c.fill(c.gate, m.gate, c.known = b, t, 0.0f, 0.0f);
+    c.update(b, t);
     const auto run = [&](const auto* gate) {
       const T *x = row<T>(a.x, b, t), *y = row<T>(a.y, b, t);
       T *out = static_cast<T*>(a.out) + i * D, *h = static_cast<T*>(a.h) + i * D;
@@ -183,7 +189,7 @@ void backward_rows(const Sizes& n, const Backward& a, int64_t b, int64_t begin, 
   const auto place = [&](int i) { return i < 0 ? nullptr : partial + i * step; };
   float *const sum_dh = place(s.dh), *const sum_dh_normal = place(s.dh_normal), *const sum_inner = place(s.inner),
         *const sum_inner_normal = place(s.inner_normal), *const sum_dz_y = place(s.dz_y);
-  Coefficients<T> c{a.m, D, -1, scratch, scratch + step, scratch + 2 * step, scratch + 3 * step};
+  Coefficients<T> c{a.m, D, scratch, nullptr, scratch + 2 * step, sum_inner || sum_inner_normal ? scratch + 3 * step : nullptr};
   for (int64_t t = begin; t < end; ++t) {
     c.update(b, t);
     const int64_t at = (b * n.N + t) * D;
@@ -235,7 +241,7 @@ void backward_rows(const Sizes& n, const Backward& a, int64_t b, int64_t begin, 
           });
         };
         if (!a.m.weight.data && !a.m.bias.data) return store_products([](f32 normal, int64_t, const auto&) { return normal; });
-        float *weight = scratch + 4 * step, *bias = c.offset;  // the offset has served its turn: a token's own is made again
+        float *weight = scratch + 4 * step, *bias = scratch + step;
         c.fill(weight, a.m.weight, b, t, 0.0f, 1.0f);
         c.fill(bias, a.m.bias, b, t, 0.0f, 0.0f);
         store_products([&](f32 normal, int64_t j, const auto& get) { return normal * get(weight + j) + get(bias + j); });
