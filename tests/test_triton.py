@@ -286,7 +286,7 @@ def test_frequencies_are_refused():
     assert "at most" in REGISTRY["dct"].backends[0].why_not((x, 1, False)) and not REGISTRY["dct"].backends[0].why_not((x.T, 1, False))
 
 
-MODULATED = [dict(B=2, N=37, D=70, affine="weight bias", wide=True), dict(N=20, D=33, scale="token", affine="weight"), dict(B=0, D=4)]
+MODULATED = [dict(B=2, N=17, D=70, affine="weight bias", wide=True), dict(N=20, D=33, scale="token", affine="weight"), dict(B=0, D=4)]
 
 
 @interpreter
@@ -304,9 +304,9 @@ def test_layer_norm(dims, width, monkeypatch):
 
 
 @interpreter
-@pytest.mark.parametrize("layout", ["contiguous", "channels last", "sliced"])
-@pytest.mark.parametrize("dims", [dict(B=2, groups=3, per_group=5, space=(16, 17), wide=True),
-                                  dict(groups=2, per_group=33, space=(130,)), dict(B=0)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("dims", [dict(B=2, groups=2, per_group=5, space=(16, 17), wide=True), dict(groups=1, per_group=33, space=(130,)),
+                                  dict(B=0)])
 def test_group_norm(dims, layout):
     for dtype, values in zip(FLOATS, ("offset 1e3", "normal", "one dominant"), strict=True):
         example = _example("group_norm_modulate", dtype, layout, {"x": values}, **dict(B=1) | dims)
@@ -419,7 +419,8 @@ def _calls(dtype):
         yield REGISTRY["gate_residual_backward"], (x, x, modulation)
         yield REGISTRY["layer_norm_modulate"], (x, modulation, modulation, None, None, 1e-6)
         yield REGISTRY["gate_residual_norm_modulate"], (x, x, *(modulation,) * 3, vector, vector, 1e-6)
-        yield REGISTRY["layer_norm_modulate_backward"], (x, None, x, None, None, modulation, modulation, None, None, 1e-6, [True] * 7)
+        wants = [True, False, False, True, True, False, False]
+        yield REGISTRY["layer_norm_modulate_backward"], (x, None, x, None, None, modulation, modulation, None, None, 1e-6, wants)
         yield REGISTRY["layer_norm_modulate_backward"], (x, x, x, x, *(modulation,) * 3, vector, vector, 1e-6, [True] * 7)
     for C, memory in ((320, torch.contiguous_format), (192, torch.channels_last), (2048, torch.channels_last)):
         x, vector, modulation = made(2, C, 16, 16).to(memory_format=memory), made(C), made(2, C)

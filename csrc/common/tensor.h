@@ -45,13 +45,14 @@ inline bool past_caches(const torch::stable::Tensor& out, int64_t row) {
   return out.numel() * size > int64_t{16} << 20 && row * size % 64 == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
 }
 
-// Asks for huge pages under a large result that is about to be written, as torch does with THP_MEM_ALLOC_ENABLE=1 and numpy always: where its
-// memory is fresh, faulting it in page by page costs more than the work (40 MB on a virtual Zen 4: 50 ms, with huge pages 10).
+// Asks for huge pages under a large result that is about to be written, as torch does with THP_MEM_ALLOC_ENABLE=1 and numpy always. glibc maps
+// 32 MiB and more anew at every allocation, and faulting that in page by page costs more than the work (40 MB on a virtual Zen 4: 20 ms, with
+// huge pages 8).
 inline void prepare(const torch::stable::Tensor& out) {
 #ifdef MADV_HUGEPAGE
   const uintptr_t begin = reinterpret_cast<uintptr_t>(out.const_data_ptr()), page = 4096;
   const uintptr_t first = (begin + page - 1) / page * page, end = (begin + out.numel() * out.element_size()) / page * page;
-  if (end > first && end - first >= uintptr_t{4} << 20) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+  if (end > first && end - first >= uintptr_t{32} << 20) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
 }
 

@@ -20,6 +20,13 @@ void with(const Operand& x, int64_t b, int64_t n, const F& f) {
   else f(static_cast<const T*>(x.data) + at);
 }
 
+// f(p), p the gradient in its own type.
+template <class T, class F>
+void to(const Gradient& g, const F& f) {
+  if (g.wide) f(static_cast<float*>(g.data));
+  else f(static_cast<T*>(g.data));
+}
+
 template <class T>
 f32 rounded(f32 x) {
   if constexpr (sizeof(T) == 4) return x;
@@ -37,27 +44,33 @@ void put(void* data, Type type, int64_t at, f32 x, int n) {
 f32 total(const f32 (&chain)[4]) { return (chain[0] + chain[1]) + (chain[2] + chain[3]); }
 
 // A row's modulation in float32, made again when the sample changes, or for every row where it is a token's own:
-// normal * gain + offset is the modulated norm, gain = weight (1 + scale), offset = bias (1 + scale) + shift.
+// normal * gain + offset is the modulated norm, gain = weight (1 + scale), offset = bias (1 + scale) + shift. Null: not needed.
 template <class T>
 struct Coefficients {
   const Modulation& m;
-  int64_t D, known = -1;
-  float *gain, *offset, *gate, *scale;  // scale: 1 + scale, only of the backward pass
-  bool token = m.token();
+  int64_t D;
+  float *gain, *offset, *gate, *scale;  // scale: 1 + scale
+  int64_t known = -1;
 
   void update(int64_t b, int64_t n) {
-    if (known == b && !token) return;
+    const bool fresh = known != b;
     known = b;
+    if (gate && m.gate.data && (fresh || m.gate.token)) fill(gate, m.gate, b, n, 0.0f, 0.0f);
+    if (!gain || !(fresh || (m.scale.data && m.scale.token) || (offset && m.shift.data && m.shift.token))) return;
     fill(gain, m.scale, b, n, 1.0f, 1.0f);
     if (scale) std::memcpy(scale, gain, D * sizeof(float));
-    if (m.bias.data)
-      with<T>(m.bias, b, n, [&](const auto* p) { for_vectors(D, [&](int64_t j, const auto& get, const auto& put, int) { put(offset + j, get(p + j) * get(gain + j)); }); });
-    else std::memset(offset, 0, D * sizeof(float));
-    if (m.shift.data)
-      with<T>(m.shift, b, n, [&](const auto* p) { for_vectors(D, [&](int64_t j, const auto& get, const auto& put, int) { put(offset + j, get(p + j) + get(offset + j)); }); });
-    if (m.weight.data)
-      with<T>(m.weight, b, n, [&](const auto* p) { for_vectors(D, [&](int64_t j, const auto& get, const auto& put, int) { put(gain + j, get(p + j) * get(gain + j)); }); });
-    if (m.gate.data) fill(gate, m.gate, b, n, 0.0f, 0.0f);
+    if (offset) {
+      fill(offset, m.bias, b, n, 0.0f, 0.0f);
+      if (m.bias.data) for_vectors(D, [&](int64_t j, const auto& get, const auto& put, int) { put(offset + j, get(offset + j) * get(gain + j)); });
+      join(offset, m.shift, b, n, [](f32 a, f32 shift) { return a + shift; });
+    }
+    join(gain, m.weight, b, n, [](f32 a, f32 weight) { return a * weight; });
+  }
+
+  template <class F>
+  void join(float* out, const Operand& x, int64_t b, int64_t n, const F& f) {
+    if (x.data)
+      with<T>(x, b, n, [&](const auto* p) { for_vectors(D, [&](int64_t j, const auto& get, const auto& put, int) { put(out + j, f(get(out + j), get(p + j))); }); });
   }
 
   void fill(float* out, const Operand& x, int64_t b, int64_t n, float added, float absent) {
@@ -97,49 +110,65 @@ float first_mean(int64_t D, const F& value) {
 template <class T, bool residual, bool norm>
 void forward_rows(const Sizes& n, const Forward& a, int64_t begin, int64_t end, float* scratch) {
   const int64_t D = n.D, step = stride(n);
-  Coefficients<T> c{a.m, D, -1, scratch, scratch + step, scratch + 2 * step, nullptr};
+  // What is a token's own is read in place; with weight or bias beside it, or for one of shift and scale alone, it goes through the coefficients.
+  const Modulation& m = a.m;
+  const bool direct = norm && m.scale.data && m.shift.data && (m.scale.token || m.shift.token) && !m.weight.data && !m.bias.data;
+  const bool made = norm && !direct;
+  Coefficients<T> c{m, D, made ? scratch : nullptr, made ? scratch + step : nullptr, m.gate.token ? nullptr : scratch + 2 * step, nullptr};
   for (int64_t i = begin; i < end; ++i) {
     const int64_t b = i / n.N, t = i % n.N;
     c.update(b, t);
-    const T *x = row<T>(a.x, b, t), *y = row<T>(a.y, b, t);
-    T *out = static_cast<T*>(a.out) + i * D, *h = static_cast<T*>(a.h) + i * D;
-    const auto value = [&](int64_t j, const auto& get) {
-      if constexpr (residual) return get(x + j) + get(c.gate + j) * get(y + j);
-      else return get(x + j);
-    };
-    Statistics s{};
-    if constexpr (norm) s.guess = first_mean(D, value);
-    f32 sum[4] = {}, squares[4] = {};
-    // What is normalised: the row itself, or what becomes of it, kept in cache.
-    constexpr bool kept = residual || sizeof(T) != 4;
-    float* line = scratch + 3 * step;
-    const auto add = [&](int u, f32 v, int count) {
-      const f32 d = keep_n(v - s.guess, count, 0.0f);
-      sum[u] += d;
-      squares[u] += d * d;
-    };
-    for_chains(D, [&](int u, int64_t j, const auto& get, const auto& put_all, int count) {
-      f32 v = value(j, get);
-      if constexpr (residual) store_n(out + j, v, count, a.stream);
-      if constexpr (norm) {
-        if constexpr (residual) v = rounded<T>(v);
-        if constexpr (kept) put_all(line + j, v);
-        add(u, v, count);
-      }
-    });
-    if constexpr (norm) {
-      const float* z = line;
-      if constexpr (!kept) z = x;
-      if (!s.finish(reduce_add(total(sum)), reduce_add(total(squares)), D, a.m.eps, false)) {
-        for (int u = 0; u < 4; ++u) sum[u] = squares[u] = f32{};
-        for_chains(D, [&](int u, int64_t j, const auto& get, const auto&, int count) { add(u, get(z + j), count); });
-        s.finish(reduce_add(total(sum)), reduce_add(total(squares)), D, a.m.eps, true);
-      }
-      for_vectors(D, [&](int64_t j, const auto& get, const auto&, int count) {
-        const f32 normal = ((get(z + j) - s.guess) - s.rest) * s.rstd;
-        store_n(h + j, normal * get(c.gain + j) + get(c.offset + j), count, a.stream);
+    const auto run = [&](const auto* gate) {
+      const T *x = row<T>(a.x, b, t), *y = row<T>(a.y, b, t);
+      T *out = static_cast<T*>(a.out) + i * D, *h = static_cast<T*>(a.h) + i * D;
+      const auto value = [&](int64_t j, const auto& get) {
+        if constexpr (residual) return get(x + j) + get(gate + j) * get(y + j);
+        else return get(x + j);
+      };
+      Statistics s{};
+      if constexpr (norm) s.guess = first_mean(D, value);
+      f32 sum[4] = {}, squares[4] = {};
+      // What is normalised: the row itself, or what becomes of it, kept in cache.
+      constexpr bool kept = residual || sizeof(T) != 4;
+      float* line = scratch + 3 * step;
+      const auto add = [&](int u, f32 v, int count) {
+        const f32 d = keep_n(v - s.guess, count, 0.0f);
+        sum[u] += d;
+        squares[u] += d * d;
+      };
+      for_chains(D, [&](int u, int64_t j, const auto& get, const auto& put_all, int count) {
+        f32 v = value(j, get);
+        if constexpr (residual) store_n(out + j, v, count, a.stream);
+        if constexpr (norm) {
+          if constexpr (residual) v = rounded<T>(v);
+          if constexpr (kept) put_all(line + j, v);
+          add(u, v, count);
+        }
       });
-    }
+      if constexpr (norm) {
+        const float* z = line;
+        if constexpr (!kept) z = x;
+        if (!s.finish(reduce_add(total(sum)), reduce_add(total(squares)), D, a.m.eps, false)) {
+          for (int u = 0; u < 4; ++u) sum[u] = squares[u] = f32{};
+          for_chains(D, [&](int u, int64_t j, const auto& get, const auto&, int count) { add(u, get(z + j), count); });
+          s.finish(reduce_add(total(sum)), reduce_add(total(squares)), D, a.m.eps, true);
+        }
+        const auto modulated = [&](const auto& finish) {
+          for_vectors(D, [&](int64_t j, const auto& get, const auto&, int count) {
+            store_n(h + j, finish(((get(z + j) - s.guess) - s.rest) * s.rstd, j, get), count, a.stream);
+          });
+        };
+        if (direct)
+          with<T>(a.m.scale, b, t, [&](const auto* scale) {
+            with<T>(a.m.shift, b, t, [&](const auto* shift) {
+              modulated([&](f32 normal, int64_t j, const auto& get) { return normal * (1.0f + get(scale + j)) + get(shift + j); });
+            });
+          });
+        else modulated([&](f32 normal, int64_t j, const auto& get) { return normal * get(c.gain + j) + get(c.offset + j); });
+      }
+    };
+    if (residual && a.m.gate.token) with<T>(a.m.gate, b, t, run);
+    else run(c.gate);
   }
   if (a.stream) stream_end();
 }
@@ -160,13 +189,15 @@ void backward_rows(const Sizes& n, const Backward& a, int64_t b, int64_t begin, 
   const auto place = [&](int i) { return i < 0 ? nullptr : partial + i * step; };
   float *const sum_dh = place(s.dh), *const sum_dh_normal = place(s.dh_normal), *const sum_inner = place(s.inner),
         *const sum_inner_normal = place(s.inner_normal), *const sum_dz_y = place(s.dz_y);
-  const bool tokens = (a.dshift.data && a.m.shift.token) || (a.dscale.data && a.m.scale.token);
-  Coefficients<T> c{a.m, D, -1, scratch, scratch + step, scratch + 2 * step, scratch + 3 * step};
+  Coefficients<T> c{a.m, D, scratch, nullptr, scratch + 2 * step, sum_inner || sum_inner_normal ? scratch + 3 * step : nullptr};
   for (int64_t t = begin; t < end; ++t) {
     c.update(b, t);
     const int64_t at = (b * n.N + t) * D;
     const T *x = row<T>(a.x, b, t), *dh = row<T>(a.dh, b, t), *dout = row<T>(a.dout, b, t), *y = row<T>(a.y, b, t);
     T *dx = static_cast<T*>(a.dx) + at, *dy = static_cast<T*>(a.dy) + at;
+    const bool own = a.dgate.data && a.m.gate.token;
+    T* own_gate = own && !a.dgate.wide ? static_cast<T*>(a.dgate.data) + at : nullptr;
+    float* own_wide_gate = own && a.dgate.wide ? static_cast<float*>(a.dgate.data) + at : nullptr;
     Statistics z{};
     z.guess = first_mean(D, [&](int64_t j, const auto& get) { return get(x + j); });
     float sum_g = 0.0f, sum_gd = 0.0f;
@@ -194,44 +225,51 @@ void backward_rows(const Sizes& n, const Backward& a, int64_t b, int64_t begin, 
       if constexpr (residual) {
         if (a.dy) store_n(dy + j, dz * get(c.gate + j), count, a.stream);
         if (sum_dz_y) put_all(sum_dz_y + j, get(sum_dz_y + j) + dz * get(y + j));
-        if (a.dgate.data && a.m.gate.token) put(a.dgate.data, a.dgate.wide ? Type::f32 : n.type, at + j, dz * get(y + j), count);
+        if (own_gate) store_n(own_gate + j, dz * get(y + j), count, false);
+        else if (own_wide_gate) store_n(own_wide_gate + j, dz * get(y + j), count, false);
       }
       if (sum_inner) put_all(sum_inner + j, get(sum_inner + j) + dhj * get(c.scale + j));
       if (sum_inner_normal) put_all(sum_inner_normal + j, get(sum_inner_normal + j) + dhj * get(c.scale + j) * normal);
     });
-    if (tokens) {
-      if (a.dshift.data && a.m.shift.token)
-        for_vectors(D, [&](int64_t j, const auto& get, const auto&, int count) { put(a.dshift.data, a.dshift.wide ? Type::f32 : n.type, at + j, get(dh + j), count); });
-      if (a.dscale.data && a.m.scale.token) {
-        float *weight = scratch + 4 * step, *bias = c.offset;  // the offset has served its turn: a token's own is made again
+    if (a.dshift.data && a.m.shift.token)
+      to<T>(a.dshift, [&](auto* out) { for_vectors(D, [&](int64_t j, const auto& get, const auto& put_all, int) { put_all(out + at + j, get(dh + j)); }); });
+    if (a.dscale.data && a.m.scale.token)
+      to<T>(a.dscale, [&](auto* out) {
+        const auto store_products = [&](const auto& affine) {
+          for_vectors(D, [&](int64_t j, const auto& get, const auto& put_all, int) {
+            put_all(out + at + j, get(dh + j) * affine(((get(x + j) - z.guess) - z.rest) * z.rstd, j, get));
+          });
+        };
+        if (!a.m.weight.data && !a.m.bias.data) return store_products([](f32 normal, int64_t, const auto&) { return normal; });
+        float *weight = scratch + 4 * step, *bias = scratch + step;
         c.fill(weight, a.m.weight, b, t, 0.0f, 1.0f);
         c.fill(bias, a.m.bias, b, t, 0.0f, 0.0f);
-        for_vectors(D, [&](int64_t j, const auto& get, const auto&, int count) {
-          const f32 normal = ((get(x + j) - z.guess) - z.rest) * z.rstd;
-          put(a.dscale.data, a.dscale.wide ? Type::f32 : n.type, at + j, get(dh + j) * (normal * get(weight + j) + get(bias + j)), count);
-        });
-      }
-    }
+        store_products([&](f32 normal, int64_t j, const auto& get) { return normal * get(weight + j) + get(bias + j); });
+      });
   }
   if (a.stream) stream_end();
 }
 
 // Without a norm: dy = gate dout, and dgate.
 template <class T>
-void gate_rows(const Sizes& n, const Backward& a, int64_t b, int64_t begin, int64_t end, float* partial, float* scratch) {
+void gate_rows(const Sizes& n, const Backward& a, int64_t b, int64_t begin, int64_t end, float* partial) {
   const int64_t D = n.D;
-  Coefficients<T> c{a.m, D, -1, nullptr, nullptr, scratch, nullptr};
-  if (!a.m.gate.token) std::memset(partial, 0, D * sizeof(float));
+  const bool token = a.m.gate.token;
+  if (!token) std::memset(partial, 0, D * sizeof(float));
   for (int64_t t = begin; t < end; ++t) {
-    if (t == begin || a.m.gate.token) c.fill(c.gate, a.m.gate, b, t, 0.0f, 0.0f);
     const int64_t at = (b * n.N + t) * D;
     const T *dout = row<T>(a.dout, b, t), *y = row<T>(a.y, b, t);
     T* dy = static_cast<T*>(a.dy) + at;
-    for_vectors(D, [&](int64_t j, const auto& get, const auto& put_all, int count) {
-      const f32 dz = get(dout + j), product = dz * get(y + j);
-      store_n(dy + j, dz * get(c.gate + j), count, a.stream);
-      if (a.m.gate.token) put(a.dgate.data, a.dgate.wide ? Type::f32 : n.type, at + j, product, count);
-      else put_all(partial + j, get(partial + j) + product);
+    with<T>(a.m.gate, b, t, [&](const auto* gate) {
+      const auto run = [&](const auto& keep) {
+        for_vectors(D, [&](int64_t j, const auto& get, const auto& put_all, int count) {
+          const f32 dz = get(dout + j);
+          store_n(dy + j, dz * get(gate + j), count, a.stream);
+          keep(j, dz * get(y + j), get, put_all);
+        });
+      };
+      if (token) to<T>(a.dgate, [&](auto* out) { run([&](int64_t j, f32 product, const auto&, const auto& put_all) { put_all(out + at + j, product); }); });
+      else run([&](int64_t j, f32 product, const auto& get, const auto& put_all) { put_all(partial + j, get(partial + j) + product); });
     });
   }
   if (a.stream) stream_end();
@@ -239,7 +277,7 @@ void gate_rows(const Sizes& n, const Backward& a, int64_t b, int64_t begin, int6
 
 void backward(const Sizes& n, const Backward& a, int64_t b, int64_t begin, int64_t end, float* partial, float* scratch) {
   typed(n.type, [&]<class T>() {
-    if (!a.dh.data) gate_rows<T>(n, a, b, begin, end, partial, scratch);
+    if (!a.dh.data) gate_rows<T>(n, a, b, begin, end, partial);
     else if (a.y.data) backward_rows<T, true>(n, a, b, begin, end, partial, scratch);
     else backward_rows<T, false>(n, a, b, begin, end, partial, scratch);
   });

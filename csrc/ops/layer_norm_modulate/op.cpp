@@ -34,7 +34,6 @@ Operand operand(const Maybe& x) {
   return {x->const_data_ptr(), rank > 1 ? x->stride(0) : 0, rank > 2 ? x->stride(1) : 0, x->scalar_type() == ScalarType::Float, rank > 2};
 }
 
-Gradient gradient(const Tensor& x) { return {x.numel() ? x.mutable_data_ptr() : nullptr, x.scalar_type() == ScalarType::Float}; }
 
 Sizes sizes(const Tensor& x) { return {type_of(x), x.size(0), x.size(1), x.size(2)}; }
 
@@ -43,6 +42,8 @@ void* written(const Tensor& out) {
   prepare(out);
   return out.numel() ? out.mutable_data_ptr() : nullptr;
 }
+
+Gradient gradient(const Tensor& x) { return {written(x), x.scalar_type() == ScalarType::Float}; }
 
 bool streamed(const Tensor& out) { return past_caches(out, out.size(2)); }
 

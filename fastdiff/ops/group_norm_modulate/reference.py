@@ -10,7 +10,7 @@ def _wide(x):
 
 def _channels(x):
     """(C,) or (B, C) as (1 or B, C, 1), wide."""
-    return x if x is None else _wide(x).view(-1, x.shape[-1], 1)
+    return x if x is None else (_wide(x) if x.dim() == 2 else _wide(x).unsqueeze(0)).unsqueeze(-1)
 
 
 def _normalized(x, groups, eps):

@@ -8,7 +8,7 @@ from ...core.jit import OPTIONS, cdiv, jit, load_tile, narrow, power_of_two, row
 from ...core.launch import pick
 
 # Widest block of columns; elements of a program's tile; columns and rows of a tile of the backward pass. Not tuned on a GPU yet.
-LAUNCH = dict(width=8192, elements=4096, columns=128, rows=16, num_warps=4)
+LAUNCH = dict(width=8192, elements=4096, columns=128, rows=8, num_warps=4)
 # Programs that fill the chip, by architecture: what the backward pass cuts rows for.
 PROGRAMS = ((100, None, 592), (90, None, 528), (1, None, 432), (0, None, 4))
 
