@@ -11,7 +11,7 @@ demo: $(VENV)/.prepared
 	$(RUN) -m fastdiff demo
 
 test: $(VENV)/.demo $(VENV)/.built
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 deep: $(VENV)/.demo $(VENV)/.built
 	$(RUN) -m pytest tests/test_contract.py --deep

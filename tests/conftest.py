@@ -14,7 +14,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that several processes end together."""
+    items.sort(key=lambda item: item.name != "test_interpreter")
 
 
 @pytest.fixture(scope="session")
