@@ -156,6 +156,25 @@ class Contract:
         """rule(info, in_dims, *args) -> (outs, out_dims), as for torch.library.register_vmap."""
         torch.library.register_vmap(f"{NAMESPACE}::{self.name}", rule, lib=_LIBRARY)
 
+    def vmap_batch(self, shared=(), apart=lambda *args: False):
+        """The rule of an op whose tensors have B in front: the mapped axis joins it. One call after the other where a tensor of `shared`
+        (places in the schema), which has no B, is mapped, or where apart(*args)."""
+
+        def rule(info, in_dims, *args):
+            n, axes = info.batch_size, [d if isinstance(a, torch.Tensor) else None for a, d in zip(args, in_dims, strict=True)]
+            if any(axes[i] is not None for i in shared) or apart(*args):
+                each = [self(*(a if d is None else a.select(d, i) for a, d in zip(args, axes, strict=True))) for i in range(n)]
+                outs = tuple(map(torch.stack, zip(*each, strict=True))) if isinstance(each[0], tuple) else torch.stack(each)
+            else:
+                join = lambda x, d: (x.unsqueeze(0).expand(n, *x.shape) if d is None else x.movedim(d, 0)).flatten(0, 1)
+                split = lambda y: y.unflatten(0, (n, y.shape[0] // n))
+                outs = self(*(join(a, d) if isinstance(a, torch.Tensor) and i not in shared else a
+                              for i, (a, d) in enumerate(zip(args, axes, strict=True))))
+                outs = tuple(map(split, outs)) if isinstance(outs, tuple) else split(outs)
+            return outs, (0,) * len(outs) if isinstance(outs, tuple) else 0
+
+        self.vmap(rule)
+
     def _autograd(self, keyset, *args):
         if (_C.is_grad_enabled() and _C._any_requires_grad(*args)) or forward_ad._current_level >= 0:
             if self._backward is None or (forward_ad._current_level >= 0 and not self._tangents):

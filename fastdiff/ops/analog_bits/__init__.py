@@ -46,18 +46,8 @@ FROM_BITS = contract("from_bits(Tensor x, int bits, str order, ScalarType dtype)
                      backends=(triton.FROM_BITS, cpu("from_bits")), entries=("from_bits_eager",))
 
 
-def _mapped(made):
-    """Batching rule: the mapped axis joins B."""
-
-    def rule(info, in_dims, x, *options):
-        x = x.movedim(in_dims[0], 0)
-        return made(x.flatten(0, 1), *options).unflatten(0, x.shape[:2]), 0
-
-    return rule
-
-
-TO_BITS.vmap(_mapped(TO_BITS))
-FROM_BITS.vmap(_mapped(FROM_BITS))
+TO_BITS.vmap_batch()
+FROM_BITS.vmap_batch()
 
 
 def _options(op, x, bits, order):

@@ -97,27 +97,8 @@ def _add_noise_jvp(ctx, *tangents):
 ADD_NOISE.autograd(save=lambda ctx, args, outs: args, backward=_add_noise_backward, jvp=_add_noise_jvp)
 
 
-def _fold(x, dim, mapped):
-    if not isinstance(x, torch.Tensor):
-        return x
-    return (x.unsqueeze(0).expand(mapped, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-
-
-def _mapped(made):
-    """Batching rule: the mapped axis joins B."""
-
-    def rule(info, in_dims, *args):
-        outs = made(*(_fold(x, d, info.batch_size) for x, d in zip(args, in_dims, strict=True)))
-        lead = (info.batch_size, args[0].shape[0] if in_dims[0] is None else args[0].movedim(in_dims[0], 0).shape[1])
-        if isinstance(outs, torch.Tensor):
-            return outs.unflatten(0, lead), 0
-        return tuple(y.unflatten(0, lead) for y in outs), (0,) * len(outs)
-
-    return rule
-
-
 for _made in (ADD_NOISE, GUIDE, STEP, STEP_WITH_X0):
-    _made.vmap(_mapped(_made))
+    _made.vmap_batch()
 
 
 def _number(value):

@@ -78,25 +78,8 @@ def _jvp(ctx, *tangents):
 GRID.autograd(save=_save, backward=_backward, jvp=_jvp)
 
 
-def _mapped(made):
-    """Batching rule: the mapped axis joins B."""
-
-    def rule(info, in_dims, *args):
-        def fold(x, dim):
-            if not isinstance(x, torch.Tensor):
-                return x
-            return (x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-
-        outs = made(*(fold(x, d) for x, d in zip(args, in_dims, strict=True)))
-        empty = args[-1] is False  # a gradient that is not wanted
-        return (tuple(x if empty and i == 3 else x.unflatten(0, (info.batch_size, -1)) for i, x in enumerate(outs)),
-                tuple(None if empty and i == 3 else 0 for i in range(len(outs))))
-
-    return rule
-
-
-GRID.vmap(_mapped(GRID))
-BACKWARD.vmap(_mapped(BACKWARD))
+GRID.vmap_batch()
+BACKWARD.vmap_batch()
 
 
 def _check(latents, image, q_weight, k_weight, v_weight, out_weight, biases, norms, bands, max_freq, order, heads, eps, residual):

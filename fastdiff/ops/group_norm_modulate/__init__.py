@@ -66,28 +66,8 @@ def _backward(ctx, dy, *_):
 FORWARD.autograd(save=_save, backward=_backward)
 
 
-def _mapped(made, shared=(), wants=None):
-    """Batching rule: the mapped axis joins B; a loop where an argument in `shared`, which has no B, is mapped, or its gradient wanted."""
-
-    def rule(info, in_dims, *args):
-        n = info.batch_size
-        axes = [d if isinstance(a, torch.Tensor) else None for a, d in zip(args, in_dims, strict=True)]
-        if all(axes[i] is None for i in shared) and not (wants and any(args[wants][1:3])):
-            whole = lambda a, d: (a.unsqueeze(0).expand(n, *a.shape) if d is None else a.movedim(d, 0)).flatten(0, 1)
-            outs = made(*(whole(a, d) if isinstance(a, torch.Tensor) and i not in shared else a
-                          for i, (a, d) in enumerate(zip(args, axes, strict=True))))
-            split = lambda y: y.unflatten(0, (n, y.shape[0] // n))
-        else:
-            each = [made(*(a if d is None else a.select(d, i) for a, d in zip(args, axes, strict=True))) for i in range(n)]
-            outs = tuple(map(torch.stack, zip(*each, strict=True))) if isinstance(each[0], tuple) else torch.stack(each)
-            split = lambda y: y
-        return (tuple(map(split, outs)), (0,) * len(outs)) if isinstance(outs, tuple) else (split(outs), 0)
-
-    return rule
-
-
-FORWARD.vmap(_mapped(FORWARD, (2, 3)))
-BACKWARD.vmap(_mapped(BACKWARD, (4, 5), 10))
+FORWARD.vmap_batch((2, 3))
+BACKWARD.vmap_batch((4, 5), lambda *args: any(args[10][1:3]))
 
 
 def group_norm_modulate(x, groups, weight, bias, scale=None, shift=None, *, eps=1e-5, silu=True):

@@ -97,31 +97,11 @@ GATE.autograd(save=lambda ctx, args, outs: args[1:], backward=_gate_backward)
 BOTH.autograd(save=lambda ctx, args, outs: (outs[0], *args[1:7]), backward=_both_backward)
 
 
-def _mapped(made, shared=(), wants=None):
-    """Batching rule: the mapped axis joins B; a loop where an argument in `shared`, which has no B, is mapped, or its gradient wanted."""
-
-    def rule(info, in_dims, *args):
-        n = info.batch_size
-        axes = [d if isinstance(a, torch.Tensor) else None for a, d in zip(args, in_dims, strict=True)]
-        if all(axes[i] is None for i in shared) and not (wants and any(args[wants][-2:])):
-            whole = lambda a, d: (a.unsqueeze(0).expand(n, *a.shape) if d is None else a.movedim(d, 0)).flatten(0, 1)
-            outs = made(*(whole(a, d) if isinstance(a, torch.Tensor) and i not in shared else a
-                          for i, (a, d) in enumerate(zip(args, axes, strict=True))))
-            split = lambda y: y.unflatten(0, (n, y.shape[0] // n))
-        else:
-            each = [made(*(a if d is None else a.select(d, i) for a, d in zip(args, axes, strict=True))) for i in range(n)]
-            outs = tuple(map(torch.stack, zip(*each, strict=True))) if isinstance(each[0], tuple) else torch.stack(each)
-            split = lambda y: y
-        return (tuple(map(split, outs)), (0,) * len(outs)) if isinstance(outs, tuple) else (split(outs), 0)
-
-    return rule
-
-
-NORM.vmap(_mapped(NORM, (3, 4)))
-GATE.vmap(_mapped(GATE))
-BOTH.vmap(_mapped(BOTH, (5, 6)))
-GATE_BACKWARD.vmap(_mapped(GATE_BACKWARD))
-NORM_BACKWARD.vmap(_mapped(NORM_BACKWARD, (7, 8), 10))
+NORM.vmap_batch((3, 4))
+GATE.vmap_batch()
+BOTH.vmap_batch((5, 6))
+GATE_BACKWARD.vmap_batch()
+NORM_BACKWARD.vmap_batch((7, 8), lambda *args: any(args[10][-2:]))
 
 
 def layer_norm_modulate(x, shift=None, scale=None, weight=None, bias=None, *, eps=1e-6):

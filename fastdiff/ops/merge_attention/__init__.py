@@ -62,24 +62,8 @@ def _jvp(ctx, da, dlse_a, db, dlse_b):
 MERGE.autograd(save=lambda ctx, args, outs: args, backward=_backward, jvp=_jvp)
 
 
-def _fold(x, dim, mapped):
-    if x is None:
-        return None
-    return (x.unsqueeze(0).expand(mapped, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-
-
-def _mapped(made):
-    """Batching rule: the mapped axis joins B."""
-
-    def rule(info, in_dims, *args):
-        outs = made(*(_fold(x, d, info.batch_size) for x, d in zip(args, in_dims, strict=True)))
-        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outs), (0,) * len(outs)
-
-    return rule
-
-
-MERGE.vmap(_mapped(MERGE))
-BACKWARD.vmap(_mapped(BACKWARD))
+MERGE.vmap_batch()
+BACKWARD.vmap_batch()
 
 
 def merge_attention(out_a, lse_a, out_b, lse_b):

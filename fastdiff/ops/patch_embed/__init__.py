@@ -100,21 +100,8 @@ PATCH_EMBED.autograd(save=lambda ctx, args, outs: args[:2], backward=_embed_back
 UNPATCH_PROJECT.autograd(save=lambda ctx, args, outs: args[:2], backward=_project_backward, jvp=_project_jvp)
 
 
-def _fold(made):
-    """Batching rule: the mapped axis joins B where the first tensor alone is mapped; otherwise sample by sample."""
-
-    def rule(info, in_dims, x, *rest):
-        if all(d is None for d in in_dims[1:]):
-            x = x.movedim(in_dims[0], 0)
-            return made(x.flatten(0, 1), *rest).unflatten(0, x.shape[:2]), 0
-        each = (y.unbind(d) if isinstance(d, int) else (y,) * info.batch_size for y, d in zip((x, *rest), in_dims, strict=True))
-        return torch.stack([made(*args) for args in zip(*each, strict=True)]), 0
-
-    return rule
-
-
-PATCH_EMBED.vmap(_fold(PATCH_EMBED))
-UNPATCH_PROJECT.vmap(_fold(UNPATCH_PROJECT))
+PATCH_EMBED.vmap_batch((1, 2, 3))
+UNPATCH_PROJECT.vmap_batch((1, 2))
 
 
 def _channels_first(x, axis, patch, order):

@@ -79,20 +79,8 @@ for _one, _other in ((SPACE_TO_DEPTH, DEPTH_TO_SPACE), (DEPTH_TO_SPACE, SPACE_TO
         jvp=lambda ctx, dx, *_, one=_one: one(dx, *ctx.args[1:]))
 
 
-def _fold(made):
-    """Batching rule: the mapped axis joins B."""
-
-    def rule(info, in_dims, x, *options):
-        x = x.movedim(in_dims[0], 0)
-        return made(x.flatten(0, 1), *options).unflatten(0, x.shape[:2]), 0
-
-    return rule
-
-
-PATCHIFY.vmap(_fold(PATCHIFY))
-UNPATCHIFY.vmap(_fold(UNPATCHIFY))
-SPACE_TO_DEPTH.vmap(_fold(SPACE_TO_DEPTH))
-DEPTH_TO_SPACE.vmap(_fold(DEPTH_TO_SPACE))
+for _made in (PATCHIFY, UNPATCHIFY, SPACE_TO_DEPTH, DEPTH_TO_SPACE):
+    _made.vmap_batch()
 
 
 def patchify(x, patch, *, order="pqc"):
