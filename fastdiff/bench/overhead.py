@@ -9,12 +9,18 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from ..core.case import Array, Dim, OneOf
+from ..core.case import Array, Dim, Integers, OneOf
 from ..explain import backend, calls
 from .inputs import make
 from .timer import Budget, interleave
 
 ELEMENTS = 16
+
+
+def arrays(arguments):
+    """The floating arrays, or the integer ones of an op that takes no others."""
+    kinds = ([a for a in arguments.values() if isinstance(a, kind)] for kind in (Array, Integers))
+    return next(filter(None, kinds))
 
 
 def tiny(case):
@@ -23,7 +29,7 @@ def tiny(case):
     # A mode beyond its first value is taken only for what it does to the sizes of an axis, never for a mask or an option.
     values = [v if isinstance(d, Dim) or isinstance(v[0], tuple) else v[:1] for v, d in zip(values, case.dims.values(), strict=True)]
     made = (case.arguments(**dict(zip(case.dims, chosen, strict=True))) for chosen in product(*values))
-    return min(made, key=lambda arguments: sum(abs(ELEMENTS - prod(a.shape)) for a in arguments.values() if isinstance(a, Array)))
+    return min(made, key=lambda arguments: sum(abs(ELEMENTS - prod(a.shape)) for a in arrays(arguments)))
 
 
 def bare(function, arguments):

@@ -244,10 +244,11 @@ def forward_mode(subject, example):
 
 
 def vmap(subject, example):
-    """torch.vmap of the op, and of its gradients."""
+    """torch.vmap of the op, and of its gradients, whose sums then run over more rows in another order."""
     errors = []
     for kind in (False, True) if example.differentiable() else (False,):
-        errors += _within(subject, example, partial(mapped, gradients=kind), meant=partial(mapped, gradients=kind, loop=True))
+        way = partial(mapped, gradients=kind)
+        errors += _within(subject, example, way, meant=partial(way, loop=True), times=4 if kind else 2)
     return errors
 
 
