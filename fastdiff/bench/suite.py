@@ -152,7 +152,7 @@ def same(peer, results, exact, dtype):
     if len(results) != len(exact):
         raise Wrong(f"peer {peer} returns {len(results)} results, the reference {len(exact)}")
     # What is 0 by cancellation is 0 to the rounding of the rest.
-    least = 1e-3 * max((want.abs().max().item() for want in exact if want.numel()), default=0.0)
+    least = 2 * PEER_ERROR[dtype] * max((want.abs().max().item() for want in exact if want.numel()), default=0.0)
     for got, want in zip(results, exact, strict=True):
         if got.shape != want.shape:
             raise Wrong(f"peer {peer} returns the shape {tuple(got.shape)}, the reference {tuple(want.shape)}: it computes something else")

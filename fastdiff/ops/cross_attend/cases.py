@@ -19,9 +19,13 @@ def _arguments(B, M, N, D, C, O, heads, width, value_width, norm, bias, lengths,
         **{f"{name}_norm_{i}": vector(n, norm) for name, n in (("target", D), ("source", C)) for i in range(2)})
 
 
-def _flops(target, source, q_weight, k_weight, v_weight, out_weight, **_):
-    B, M, N, width = *target.shape[:2], source.shape[1], q_weight.shape[0] + v_weight.shape[0]
-    return 2 * B * (M * (prod(q_weight.shape) + prod(out_weight.shape)) + N * (prod(k_weight.shape) + prod(v_weight.shape)) + M * N * width)
+def _flops(target, source, q_weight, k_weight, v_weight, out_weight, heads, **_):
+    """Of the source's projections and attention, or, with one head, of attention to the source itself where that is less."""
+    B, M, (N, C), width = *target.shape[:2], source.shape[1:], q_weight.shape[0] + v_weight.shape[0]
+    inner = N * C * width + M * N * width
+    if heads == 1:
+        inner = min(inner, M * C * width + 2 * M * N * C)
+    return 2 * B * (M * (prod(q_weight.shape) + prod(out_weight.shape)) + inner)
 
 
 def _bytes(size, target, source, q_weight, k_weight, v_weight, out_weight, **_):
