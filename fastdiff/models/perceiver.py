@@ -8,7 +8,7 @@ from torch import nn
 from ..core.check import fail
 from ..nn import MLP, CrossAttention, FourierCrossAttention, Linear, SelfAttention, foreign
 from ..ops.fourier_cross_attend.reference import features
-from .model import Model
+from .model import Model, cut_normal, initialize_linear
 
 EPS = 1e-5
 
@@ -57,15 +57,11 @@ def _blocks(blocks, layers, *options):
 @torch.no_grad()
 def _initialize(model, tables):
     """Matrices normal, cut at two standard deviations, of variance 1 / fan-in; tables the same of standard deviation 0.02."""
-    normal = lambda x, std: nn.init.trunc_normal_(x, std=std, a=-2 * std, b=2 * std)
     for m in model.modules():
         if isinstance(m, nn.Linear):
-            # 0.87962566 is the standard deviation of a standard normal cut at 2.
-            normal(m.weight, m.in_features**-0.5 / 0.87962566)
-            if m.bias is not None:
-                m.bias.zero_()
+            initialize_linear(m)
     for table in tables:
-        normal(table, 0.02)
+        cut_normal(table, 0.02)
 
 
 class Perceiver(Model):

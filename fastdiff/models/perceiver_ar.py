@@ -9,7 +9,7 @@ from torch import nn
 from ..core.check import fail
 from ..nn import MLP, Linear
 from ..ops import attention
-from .model import Model
+from .model import Model, cut_normal, initialize_linear
 
 EPS = 1e-5
 HIDDEN = -1e30  # added to the score of a key that is not to be seen; a row of such scores weighs all keys alike, as the original's does
@@ -237,14 +237,11 @@ class PerceiverAR(Model):
     @torch.no_grad()
     def _initialize(self, positions):
         """Matrices normal, cut at two standard deviations, of variance 1 / fan-in; embeddings of variance 1; the last layer 0."""
-        normal = lambda x, std: nn.init.trunc_normal_(x, std=std, a=-2 * std, b=2 * std)
         for m in self.modules():
             if isinstance(m, nn.Linear):
-                # 0.87962566 is the standard deviation of a standard normal cut at 2.
-                normal(m.weight, m.in_features**-0.5 / 0.87962566)
-                m.bias.zero_()
+                initialize_linear(m)
             elif isinstance(m, nn.Embedding):
-                normal(m.weight, 1.0)
+                cut_normal(m.weight, 1.0)
         self.out.weight.zero_()
         for table in self.tables if positions == "sinusoidal" else ():
             table.weight.requires_grad_(False).copy_(sinusoids(*table.weight.shape))
