@@ -26,6 +26,7 @@ from fastdiff.demo import define_torchvision_operators
 from fastdiff.info import versions
 from fastdiff.models import ADM, RIN, DiT, Perceiver, PerceiverIO
 from fastdiff.models import PatchedUNet as PatchDiffusion
+from fastdiff.models.adm import MULTIPLIERS
 from fastdiff.nn import PatchedUNet, sinusoid
 
 COMPILE = dict(dynamic=False)  # options of torch.compile
@@ -195,19 +196,33 @@ class _Labelled(torch.nn.Module):
         return self.model(x, t, y=y)
 
 
-def _adm():
+def _adm(size):
     from guided_diffusion.unet import UNetModel
 
-    model = UNetModel(image_size=64, in_channels=3, model_channels=192, out_channels=6, num_res_blocks=3, attention_resolutions=(2, 4, 8),
-                      channel_mult=(1, 2, 3, 4), num_classes=1000, num_head_channels=64, use_scale_shift_norm=True, resblock_updown=True,
-                      use_new_attention_order=True)
-    return _Labelled(model), (torch.randn(1, 3, 64, 64), torch.tensor([500]), torch.tensor([1]))
+    config = ADM.CONFIGS[f"imagenet-{size}"]
+    attention = tuple(size // feature for feature in config["attention"])
+    heads = dict(num_head_channels=config["head_dim"]) if config["head_dim"] else dict(num_heads=config["heads"])
+    model = UNetModel(image_size=size, in_channels=3, model_channels=config["width"], out_channels=6, num_res_blocks=config["blocks"],
+                      attention_resolutions=attention, channel_mult=MULTIPLIERS[size], num_classes=1000, use_scale_shift_norm=True,
+                      resblock_updown=True, use_new_attention_order=size == 64, **heads)
+    return _Labelled(model), (torch.randn(1, 3, size, size), torch.tensor([500]), torch.tensor([1]))
 
 
 def _our_adm(module):
     model = ADM.from_config("imagenet-64", dropout=0.0)
     model.load_guided_diffusion(module.model.state_dict(), heads_first=False)
     return model, None
+
+
+class _Timed(torch.nn.Module):
+    """RIN, called as ADM is."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, t, y):
+        return self.model(x, 1 - t / 1000, y).image
 
 
 def _patch_diffusion(patch):
@@ -231,7 +246,13 @@ MODELS = {
                                   lambda _, args=(size, latents, layers): _our_rin(*args), "models", alike=False)
        for size, latents, layers in ((64, 128, 4), (128, 128, 4), (256, 256, 4), (1024, 256, 2))},
     "dit-s/2, ours": Model("diffusers", _dit, dict(tokens=256, dim=384, heads=6, blocks=12), _our_dit, "models"),
-    "adm-64, ours": Model("guided-diffusion-sdk", _adm, dict(image=64, width=192, blocks=3), _our_adm, "models"),
+    "adm-64, ours": Model("guided-diffusion-sdk", lambda: _adm(64), dict(image=64, width=192, blocks=3), _our_adm, "models"),
+    # A sampling step of RIN beside one of ADM without a classifier. gflop: 2 per multiply-add; the published one is of the paper's sizes.
+    **{f"rin-{size}, beside adm": Model("guided-diffusion-sdk", lambda size=size: _adm(size),
+                                        dict(image=size, gflop=ours, adm_gflop=theirs, published_rin_gflop=published),
+                                        lambda _, name=name: (_Timed(RIN.from_config(name)), None), "models", alike=False)
+       for size, name, ours, theirs, published in ((64, "imagenet-64", 39, 219, 106), (128, "noise-schedule-128", 88, 614, 194),
+                                                   (256, "noise-schedule-256", 205, 2240, 334))},
     # published_gmac: of the sheet's width, 256; their ratios are those of the work here.
     **{f"patch-diffusion-{p}, ours": Model(None, lambda p=p: _patch_diffusion(p), dict(image=256, patch=p, width=64, published_gmac=gmac),
                                            lambda model: (model, None), "models", alike=False)

@@ -4,16 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops import geglu
 from .linear import Linear
 
-
-def _geglu(x):
-    value, gate = x.chunk(2, -1)
-    return value * F.gelu(gate)
-
-
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "squared_relu": lambda x: F.relu(x).square(),
-               "geglu": _geglu}
+               "geglu": geglu}
 # Rows whose hidden units stay in a core's cache between the two products, where nothing need be kept for backward.
 PART = 512
 
