@@ -21,10 +21,11 @@ class Error:
 def error(tensor, ours, plain, exact, nearby=(), times=2, largest=0.0):
     """Error of `ours` against `exact` (float64), under the limit times * max|plain - exact| + one rounding.
 
-    One rounding is eps max|exact|, or what a rounding of the inputs does to `exact` (a difference within `nearby`), if that is more.
-    Plain PyTorch's error on one input can be nearly 0 by luck, the more so the fewer elements there are: `nearby` holds further
-    (plain, exact), of inputs that differ by a rounding or by PyTorch's own fused op, and its error is the largest of all. In float64 plain
-    and exact would be the same function: there `plain` is float32's, and 16 times its error, scaled to float64's eps, counts.
+    One rounding is eps max|exact|, or the dtype's smallest number above 0, or what a rounding of the inputs does to `exact` (a difference
+    within `nearby`), if that is more. Plain PyTorch's error on one input can be nearly 0 by luck, the more so the fewer elements there
+    are: `nearby` holds further (plain, exact), of inputs that differ by a rounding or by PyTorch's own fused op, and its error is the
+    largest of all. In float64 plain and exact would be the same function: there `plain` is float32's, and 16 times its error, scaled to
+    float64's eps, counts.
 
     largest: the largest number among all results of the call. What is 0 by cancellation may be off by eps^2 of it, the rounding of a
     rounding (eps that of the arithmetic, which is float32 for narrower dtypes).
@@ -48,7 +49,8 @@ def error(tensor, ours, plain, exact, nearby=(), times=2, largest=0.0):
     wrong = max(_largest(p - e, kept & p.isfinite() & e.isfinite()) for p, e in ((plain.double(), exact), *nearby))
     if wide:
         wrong *= 16 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    rounding = max(torch.finfo(ours.dtype).eps * _largest(exact, kept), *(_largest(e - exact, kept & e.isfinite()) for _, e in nearby), 0.0)
+    info = torch.finfo(ours.dtype)
+    rounding = max(info.eps * max(_largest(exact, kept), info.tiny), *(_largest(e - exact, kept & e.isfinite()) for _, e in nearby), 0.0)
     limit = times * wrong + rounding + torch.finfo(torch.float64 if wide else torch.float32).eps ** 2 * largest
     same = torch.where(rounded.isnan(), value.isnan(), value == rounded)
     if not same[~finite].all() or not value[kept].isfinite().all():

@@ -133,7 +133,7 @@ def lay_out(x, kind, device):
     strides, width = [0] * x.dim(), step
     for axis in reversed(_order(kind, x.dim())):
         strides[axis] = width
-        width *= x.shape[axis] + pad
+        width *= max(x.shape[axis], 1) + pad
     # A multiple of 64 elements keeps the alignment of an allocation; an odd offset loses it.
     before = 65 if kind == "offset" else 64
     fill = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max

@@ -97,16 +97,30 @@ inline f32 row_sums(int64_t rows, int64_t width, const F& f) {
   return reduce_each(line, [](f32 a, f32 b) { return a + b; });
 }
 
-// Scores to powers relative to the rows' maxima, 0 where a row has no key yet; returns their sums. As T they are rounded to it where the row
-// begins, and the sums are of the rounded: weights that add up to one keep a large mean of the values out of the rounding.
-template <class T = float>
+// Scores to powers relative to the rows' maxima, 0 where a row has no key yet; returns their sums.
 inline f32 powers(int64_t rows, int64_t width, float* s, int64_t stride, f32 maxima) {
   const f32 base = maxima == -kInf ? f32{} : maxima;
   return row_sums(rows, width, [&](int i, int64_t j) {
-    T* out = reinterpret_cast<T*>(s + i * stride) + j;
-    store(out, exp(load(s + i * stride + j) - base[i]));
+    const f32 e = exp(load(s + i * stride + j) - base[i]);
+    store(s + i * stride + j, e);
+    return e;
+  });
+}
+
+// The same, rounded to bfloat16 where the row begins; the sums are of the rounded, since weights that add up to one keep a large mean of the
+// values out of the rounding. exact: the sums before rounding.
+inline f32 rounded_powers(int64_t rows, int64_t width, float* s, int64_t stride, f32 maxima, f32& exact) {
+  const f32 base = maxima == -kInf ? f32{} : maxima;
+  f32 line[kLanes] = {};
+  const f32 sums = row_sums(rows, width, [&](int i, int64_t j) {
+    bf16* out = reinterpret_cast<bf16*>(s + i * stride) + j;
+    const f32 e = exp(load(s + i * stride + j) - base[i]);
+    store(out, e);
+    line[i] += e;
     return load(out);
   });
+  exact = reduce_each(line, [](f32 a, f32 b) { return a + b; });
+  return sums;
 }
 
 }  // namespace fastdiff::attention::FASTDIFF_ISA

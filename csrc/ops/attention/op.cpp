@@ -100,7 +100,7 @@ void forward(const Problem& p, const View& out, const View& out_low, float* lse,
   const int64_t width = kernels.padded(p.V);
   const Plan plan = forward_plan(p.B, p.H, p.M, p.N, kernels.padded(std::max(p.E, p.V)));
   const int64_t items = plan.items(p), rows = plan.key_splits > 1 ? items * plan.query_rows : 0;
-  const Buffer partial = allocate(rows * width), stats = allocate(rows * 2);
+  const Buffer partial = allocate(rows * width), stats = allocate(rows * kStats);
   const ForwardOut o{out, out_low, lse, lse_low, partial.get(), stats.get()};
   for_items(items, kernels.scratch(p, plan), [&](int64_t item, float* scratch) { kernels.run(p, plan, o, item, scratch); });
   if (rows)

@@ -56,10 +56,13 @@ struct Item {
 // float16 has as many digits for what rounding leaves over as for the rounded, whatever its size, when it stands 2^11 higher.
 constexpr float kLowScale = 2048.0f;
 
+// A row's maximum, its sum, and the sum before rounding.
+constexpr int64_t kStats = 3;
+
 struct ForwardOut {
   View out, out_low;     // out_low: what rounding to half precision left over of out, times kLowScale; or null
-  float *lse, *lse_low;  // (B, H, M): natural log-sum-exp, rounded, and what rounding left over; each or both may be null
-  // With more than one key split: unnormalised rows (items, query_rows, padded V), their maxima and sums (items, query_rows, 2).
+  float *lse, *lse_low;  // (B, H, M): natural log-sum-exp, and that of the weights as they were summed less it; each or both may be null
+  // With more than one key split: unnormalised rows (items, query_rows, padded V), and (items, query_rows, kStats).
   float *partial, *partial_stats;
 };
 

@@ -29,11 +29,10 @@ def _backward(ctx, dy):
 
 
 def _jvp(ctx, dx, dweight, dbias, dadded):
+    """dx W^T + x dW^T as one product, [dx, x] [W, dW]^T: two would be rounded, and could overflow, each by itself."""
     x, weight, *_ = ctx.saved_tensors
-    parts = [LINEAR(a, b, None, None) for a, b in ((dx, weight), (x, dweight)) if a is not None and b is not None]
-    parts += [] if dbias is None else [dbias.repeat(x.shape[0], 1)]
-    parts += [] if dadded is None else [dadded.clone()]
-    return sum(parts[1:], parts[0])
+    factors = [(a, b) for a, b in ((dx, weight), (x, dweight)) if a is not None and b is not None] or [(x[:, :0], weight[:, :0])]
+    return LINEAR(*(torch.cat(side, 1) for side in zip(*factors, strict=True)), dbias, dadded)
 
 
 LINEAR.autograd(save=lambda ctx, args, outs: args, backward=_backward, jvp=_jvp)
