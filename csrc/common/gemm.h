@@ -53,6 +53,12 @@ constexpr bool kPairs = false;
 using Pairs = Floats;
 #endif
 inline int64_t pairs(int64_t n) { return (n + 1) / 2; }
+// Numbers of T are multiplied as floats, bfloat16 in pairs as they are where that can be.
+template <class T>
+struct Multiplied { using Math = Floats; static constexpr bool pairs = false; };
+template <>
+struct Multiplied<bf16> { using Math = Pairs; static constexpr bool pairs = kPairs; };
+inline bool by_pairs(Type type) { return kPairs && type == Type::bf16; }
 
 struct Unscaled {
   template <class V>
@@ -184,6 +190,18 @@ inline void pack_pairs(int64_t rows, int64_t columns, const bf16* x, int64_t str
   for (int64_t i = 0; i < rows; ++i, x += stride, out += width) {
     if (2 * width != columns) store(out + width - kLanes, f32{});
     std::memcpy(out, x, columns * sizeof(bf16));
+  }
+}
+
+// Rows of T, as they are, to packed panels of their transpose: B of a product over their columns, in pairs where the type's are multiplied.
+// `room` is for the rows in pairs.
+template <class T>
+inline void pack_factor(int64_t rows, int64_t columns, const T* x, int64_t stride, float* room, float* out) {
+  if constexpr (Multiplied<T>::pairs) {
+    pack_pairs(rows, columns, x, stride, room);
+    pack_transposed(rows, pairs(columns), room, padded(pairs(columns)), Unscaled{}, out);
+  } else {
+    pack_transposed(rows, columns, x, stride, Unscaled{}, out);
   }
 }
 

@@ -11,7 +11,7 @@ struct Layout {
     stats = 0;
     kt = stats + padded(plan.query_rows * 5);
     vt = kt + most(p.E, p.V) * columns;  // row_stats has transposed rows of V there
-    const int64_t paired = by_pairs(p) ? padded(pairs(most(p.E, p.V))) : 0;
+    const int64_t paired = by_pairs(p.type) ? padded(pairs(most(p.E, p.V))) : 0;
     rows_of_pairs = vt + p.V * columns;
     k = rows_of_pairs + keys * paired;
     q = k + keys * width;
@@ -124,7 +124,7 @@ void keep(const Problem& p, const View& x, const Item& item, int64_t begin, int6
 void add_products(const Problem& p, int64_t rows, int64_t keys, float* s, float* ds, int64_t stride, float* ds_pairs, const float* q, const float* k,
                   const float* dout, float* dq, float* dk, float* dv) {
   const int64_t w = padded(p.E), vw = padded(p.V);
-  if (!by_pairs(p)) {
+  if (!by_pairs(p.type)) {
     gemm<A::columns, true>(keys, p.V, rows, s, stride, {dout, vw}, dv, vw);
     gemm<A::columns, true>(keys, p.E, rows, ds, stride, {q, w}, dk, w);
     gemm<A::rows, true>(rows, p.E, keys, ds, stride, {k, w}, dq, w);
@@ -193,7 +193,7 @@ void run(const Problem& p, const Plan& plan, const BackwardIn& in, const Backwar
         }
       if (!hidden) add_products(p, n, visible, s, ds, stride, scratch + at.ds_pairs, q, k, dout, dq + r * w, dk, dv);
     }
-    if (by_pairs(p)) scale_rows(dk, keys * w, p.scale);
+    if (by_pairs(p.type)) scale_rows(dk, keys * w, p.scale);
     if (own_k) {
       keep(p, o.dk, item, n0, keys, dk, p.E);
       keep(p, o.dv, item, n0, keys, dv, p.V);

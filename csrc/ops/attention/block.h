@@ -33,21 +33,14 @@ inline void add_bias(const T* bias, int64_t step, int64_t n, const T* next, floa
   for (; j < n; ++j) s[j] += load_one(bias + j * step);
 }
 
-// Whether queries times keys, and dout times values, multiply pairs of bfloat16 as they are.
-inline bool by_pairs(const Problem& p) { return kPairs && p.type == Type::bf16; }
-
 // Rows of keys, or of values, transposed; `rows_of_pairs` has room for them.
 inline void pack_keys(const Problem& p, int64_t rows, int64_t columns, const View& x, int64_t b, int64_t h, int64_t n, float* rows_of_pairs, float* out) {
-  if (by_pairs(p)) {
-    pack_pairs(rows, columns, row<bf16>(x, b, h, n), x.s, rows_of_pairs);
-    return pack_transposed(rows, pairs(columns), rows_of_pairs, padded(pairs(columns)), Unscaled{}, out);
-  }
-  typed(p.type, [&]<class T>() { pack_transposed(rows, columns, row<T>(x, b, h, n), x.s, Unscaled{}, out); });
+  typed(p.type, [&]<class T>() { pack_factor(rows, columns, row<T>(x, b, h, n), x.s, rows_of_pairs, out); });
 }
 
 // Rows that are summed over in a product: as floats, scaled, or paired, unscaled.
 inline void pack_summed(const Problem& p, int64_t rows, int64_t columns, const View& x, int64_t b, int64_t h, int64_t m, float scale, float* out) {
-  if (by_pairs(p)) return pack_paired_rows(rows, columns, row<bf16>(x, b, h, m), x.s, out);
+  if (by_pairs(p.type)) return pack_paired_rows(rows, columns, row<bf16>(x, b, h, m), x.s, out);
   typed(p.type, [&]<class T>() { pack_rows(rows, columns, row<T>(x, b, h, m), x.s, scale, out); });
 }
 
@@ -55,7 +48,7 @@ inline void pack_summed(const Problem& p, int64_t rows, int64_t columns, const V
 // scaled; as_pairs has room for them in pairs, which stand unscaled.
 inline void multiply(const Problem& p, int64_t rows, int64_t columns, int64_t wanted, int64_t E, const View& x, int64_t b, int64_t h, int64_t m, float scale,
                      const float* floats, float* as_pairs, const float* keys, float* s, int64_t stride) {
-  if (!by_pairs(p)) return gemm<A::rows, false>(rows, columns, E, floats, padded(E), {keys, 0}, s, stride, Unscaled{}, wanted);
+  if (!by_pairs(p.type)) return gemm<A::rows, false>(rows, columns, E, floats, padded(E), {keys, 0}, s, stride, Unscaled{}, wanted);
   pack_pairs(rows, E, row<bf16>(x, b, h, m), x.s, as_pairs);
   gemm<A::rows, false, Pairs>(rows, columns, pairs(E), as_pairs, padded(pairs(E)), {keys, 0}, s, stride, scale, wanted);
 }

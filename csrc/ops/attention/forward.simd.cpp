@@ -14,7 +14,7 @@ struct Layout {
     exact = sums + padded(plan.query_rows) + kLanes;
     k = exact + padded(plan.query_rows) + kLanes;
     rows_of_pairs = k + p.E * padded(plan.key_block);
-    v = rows_of_pairs + (by_pairs(p) ? plan.key_block * padded(pairs(p.E)) : 0);
+    v = rows_of_pairs + (by_pairs(p.type) ? plan.key_block * padded(pairs(p.E)) : 0);
     s = v + plan.key_block * width;
     total = s + plan.query_block * stride;
   }
@@ -75,13 +75,13 @@ void run(const Problem& p, const Plan& plan, const ForwardOut& o, int64_t index,
   const Item item(p, plan, index);
   const Layout at(p, plan);
   float *q = scratch + at.q, *maxima = scratch + at.maxima, *sums = scratch + at.sums,
-        *exact = by_pairs(p) ? scratch + at.exact : sums, *kt = scratch + at.k, *v = scratch + at.v, *s = scratch + at.s;
+        *exact = by_pairs(p.type) ? scratch + at.exact : sums, *kt = scratch + at.k, *v = scratch + at.v, *s = scratch + at.s;
   const int64_t rows = item.m1 - item.m0;
   const bool whole = plan.key_splits == 1;
   float* out = whole ? scratch + at.out : o.partial + index * plan.query_rows * at.width;
   for (int64_t i = 0; i < rows * at.width; i += kLanes) store(out + i, f32{});
   for (int64_t i = 0; i < padded(rows) + kLanes; i += kLanes) store(maxima + i, splat(-kInf)), store(sums + i, f32{}), store(exact + i, f32{});
-  if (!by_pairs(p))
+  if (!by_pairs(p.type))
     typed(p.type, [&]<class T>() {
       pack_rows(rows, p.E, row<T>(p.q, item.b, item.h, item.m0), p.q.s, p.scale, q);
     });
@@ -98,7 +98,7 @@ void run(const Problem& p, const Plan& plan, const ForwardOut& o, int64_t index,
       multiply(p, n, keys, visible, p.E, p.q, item.b, item.h, item.m0 + r, p.scale, q + r * at.q_width, q, kt, s, at.stride);
       if (p.bias || visible != width || p.seen(item.b, item.m0 + r) < n0 + visible) mask(p, item, item.m0 + r, n, n0, visible, s, at.stride);
       float* to = out + r * at.width;
-      if (by_pairs(p)) {
+      if (by_pairs(p.type)) {
         online_softmax<true>(n, width, s, at.stride, maxima + r, sums + r, exact + r, to, at.width);
         gemm<A::rows, true, Pairs>(n, p.V, pairs(visible), s, at.stride, {v, at.width}, to, at.width);
       } else {

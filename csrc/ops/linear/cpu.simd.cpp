@@ -39,9 +39,6 @@ int64_t scratch(const Plan& plan) {
   return plan.rows * padded(plan.columns) + (by_rows > by_columns ? by_rows : by_columns);
 }
 
-// Whether pairs of bfloat16 are multiplied as they are.
-inline bool by_pairs(const Problem& p) { return kPairs && p.type == Type::bf16; }
-
 void pack(const Problem& p, const Plan& plan, int64_t k0, int64_t block, float* packed, float* scratch) {
   const int64_t n0 = block * plan.columns, columns = least(plan.columns, p.N - n0), end = least(p.K, k0 + plan.slab);
   float* out = packed + block * plan.slab * padded(plan.columns);
@@ -50,13 +47,10 @@ void pack(const Problem& p, const Plan& plan, int64_t k0, int64_t block, float* 
       const int64_t depth = least(plan.depth, end - k);
       const T* weight = at<T>(p.weight, n0, k);
       if (p.weight.column != 1) {
-        if (by_pairs(p)) pack_panels<true>(depth, columns, weight, p.weight.column, out);
+        if (by_pairs(p.type)) pack_panels<true>(depth, columns, weight, p.weight.column, out);
         else pack_panels<false>(depth, columns, weight, p.weight.column, out);
-      } else if (by_pairs(p)) {
-        pack_pairs(columns, depth, at<bf16>(p.weight, n0, k), p.weight.row, scratch);
-        pack_transposed(columns, pairs(depth), scratch, padded(pairs(depth)), Unscaled{}, out);
       } else {
-        pack_transposed(columns, depth, weight, p.weight.row, Unscaled{}, out);
+        pack_factor(columns, depth, weight, p.weight.row, scratch, out);
       }
     }
   });
@@ -85,7 +79,7 @@ void run_typed(const Problem& p, const Plan& plan, int64_t k0, const float* pack
   for (int64_t k = k0; k < end; k += plan.depth, w += plan.depth * width) {
     const int64_t depth = least(plan.depth, end - k);
     const bool by_rows = p.x.column == 1;
-    if (by_pairs(p)) {
+    if (by_pairs(p.type)) {
       if (by_rows) {
         pack_pairs(rows, depth, at<bf16>(p.x, m0, k), p.x.row, lines);
         gemm<A::rows, true, Pairs>(rows, columns, pairs(depth), lines, padded(pairs(depth)), {w, 0}, y, width);

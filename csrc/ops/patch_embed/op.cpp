@@ -17,11 +17,16 @@ using torch::stable::Tensor;
 // A and the products of an item: what fits a core's L2 beside a block of W.
 constexpr int64_t kItemFloats = 96 * 1024;
 
+// Samples that take the rows of a position table one after the other, so that it is read from memory once for them.
+constexpr int64_t kSharing = 8;
+
 // From sizes alone. Blocks of W are whole vectors of columns unless there is one alone.
 Plan plan_of(const Problem& p) {
+  const int64_t T = p.shape.tokens(), B = p.shape.batch;
   int64_t rows = std::clamp<int64_t>(kItemFloats / std::max<int64_t>(1, p.K), 6, 96);
   while (rows > 24 && p.M < 8 * rows) rows /= 2;
-  return {std::min(p.M, rows), std::min<int64_t>(p.N, 256), std::clamp<int64_t>(p.K, 1, 256)};
+  const int64_t samples = std::min(B, T <= rows ? rows / T : p.position ? std::min(kSharing, rows / 6) : 1);
+  return {std::min(T, rows / samples), samples, std::min<int64_t>(p.N, 256), std::clamp<int64_t>(p.K, 1, 256)};
 }
 
 Shape shape_of(const Tensor& image, const std::vector<int64_t>& patch) {
@@ -48,7 +53,8 @@ void run(Kernel kernel, Problem p, const Tensor& weight_, const std::optional<Te
   const Plan plan = plan_of(p);
   const Kernels& kernels = pick_kernels();
   const Buffer packed = allocate(kernels.packed(p, plan));
-  for_items(plan.packs(p), 0, [&](int64_t block, float*) { kernels.pack(p, plan, block, packed.get()); });
+  for_items(plan.packs(p), plan.columns * kernels.padded(plan.depth),
+            [&](int64_t block, float* scratch) { kernels.pack(p, plan, block, packed.get(), scratch); });
   for_items(plan.items(p), kernels.scratch(p, plan), [&](int64_t item, float* scratch) {
     (kernels.*kernel)(p, plan, x.const_data_ptr(), packed.get(), y.mutable_data_ptr(), item, scratch);
   });

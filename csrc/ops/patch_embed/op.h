@@ -26,17 +26,33 @@ struct Problem {
   const void* position;  // (tokens of a sample, N) contiguous, or null
 };
 
-// An item is `rows` tokens. W is packed once for all items, by blocks of `columns` of its rows; sums are made `depth` terms at a time.
+// An item is `tokens` neighbours in each of `samples` samples: one of the two is all of it, or samples share the positions they are beside.
+// W is packed once for all items, by blocks of `columns` of its rows; sums are made `depth` terms at a time.
 struct Plan {
-  int64_t rows, columns, depth;
-  int64_t items(const Problem& p) const { return (p.M + rows - 1) / rows; }
-  int64_t packs(const Problem& p) const { return (p.N + columns - 1) / columns; }
+  int64_t tokens, samples, columns, depth;
+  int64_t rows() const { return tokens * samples; }
+  int64_t items(const Problem& p) const { return ceil_div(p.shape.tokens(), tokens) * ceil_div(p.shape.batch, samples); }
+  int64_t packs(const Problem& p) const { return ceil_div(p.N, columns); }
+  static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+};
+
+// What an item is of: tokens [token, token + tokens) of samples [sample, sample + samples).
+struct Item {
+  int64_t token, tokens, sample, samples;
+  Item(const Problem& p, const Plan& plan, int64_t i) {
+    const int64_t blocks = Plan::ceil_div(p.shape.batch, plan.samples), T = p.shape.tokens(), B = p.shape.batch;
+    token = i / blocks * plan.tokens, sample = i % blocks * plan.samples;
+    tokens = plan.tokens < T - token ? plan.tokens : T - token;
+    samples = plan.samples < B - sample ? plan.samples : B - sample;
+  }
 };
 
 struct Kernels {
   int64_t (*scratch)(const Problem&, const Plan&);  // floats an item needs
   int64_t (*packed)(const Problem&, const Plan&);   // floats W takes
-  void (*pack)(const Problem&, const Plan&, int64_t block, float* packed);
+  int64_t (*padded)(int64_t n);
+  // scratch: columns x depth floats.
+  void (*pack)(const Problem&, const Plan&, int64_t block, float* packed, float* scratch);
   // y (M, N) = patches of the image (any strides) W^T + bias + position.
   void (*embed)(const Problem&, const Plan&, const void* image, const float* packed, void* y, int64_t item, float* scratch);
   // Image patches = tokens (M, K) W^T + bias.

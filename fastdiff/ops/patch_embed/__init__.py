@@ -66,7 +66,7 @@ def _embed_backward(ctx, dy):
     (x, weight, *_), wants, patch = ctx.saved_tensors, ctx.wants, ctx.args[4]
     return (UNPATCH_PROJECT(dy, weight.T, None, patch, _grid(x.shape[2:], patch)) if wants[0] else None,
             _weight_gradient(dy, x, patch) if wants[1] else None, dy.sum((0, 1)) if wants[2] else None,
-            dy.sum(0) if wants[3] else None, None)
+            (dy.squeeze(0) if dy.shape[0] == 1 else dy.sum(0)) if wants[3] else None, None)
 
 
 def _embed_jvp(ctx, dx, dweight, dbias, dposition, *_):
