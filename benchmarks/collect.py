@@ -90,9 +90,8 @@ def readme(text, records):
 def rows(document):
     """Every record, under the commands that made them."""
     commands = "\n".join(f"    {c}" for c in document["command"].split(" ; "))
-    machine = document["machine"]
-    return f"# {machine['processor']} with {machine['cores']} cores, {machine['isa']}\n\nFrom these commands, oldest first:\n\n{commands}\n\n" \
-           f"{report.markdown(document['records'])}\n"
+    title = "{processor} with {cores} cores, {isa}".format(**document["machine"])
+    return f"# {title}\n\nFrom these commands, oldest first:\n\n{commands}\n\n{report.markdown(document['records'])}\n"
 
 
 def main(argv):

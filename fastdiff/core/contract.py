@@ -73,7 +73,11 @@ class Contract:
         outs = self.outputs(*args)
         if self.values is not None:
             self.values(*args)
-        choose(self.name, self.backends, args).run(args, outs if isinstance(outs, tuple) else (outs,))
+        made = outs if isinstance(outs, tuple) else (outs,)
+        for y in made:
+            if y.nbytes >= native.LARGE:
+                native.prepare(y)
+        choose(self.name, self.backends, args).run(args, made)
         return outs
 
     def eager(self, args, entry=0, optional=()):

@@ -41,3 +41,14 @@ WHY_NOT = {device: _load(device) for device in LIBRARIES}
 def op(device, name):
     """The native kernel `name`, or None when its library is not loaded; it writes into the tensors it is given."""
     return None if WHY_NOT[device] else getattr(getattr(torch.ops, LIBRARIES[device]), name).default
+
+
+# glibc maps as much anew at every allocation.
+LARGE = 32 << 20
+_prepare = op("cpu", "prepare")
+
+
+def prepare(x):
+    """Asks for huge pages under a large result on the CPU that is about to be written."""
+    if _prepare is not None and x.device.type == "cpu":
+        _prepare(x)

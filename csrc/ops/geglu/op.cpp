@@ -27,7 +27,6 @@ void geglu(const Tensor& x, std::string approximate, const Tensor& y) {
   const Tensor in = rows(x);
   const Sizes s = sizes(in, approximate, y);
   const void* from = in.const_data_ptr();
-  prepare(y);
   void* to = y.mutable_data_ptr();
   torch::stable::parallel_for(0, y.numel() / s.F, grain(s), [&](int64_t begin, int64_t end) { pick_kernels().forward(s, from, to, begin, end); });
 }
@@ -37,7 +36,6 @@ void geglu_backward(const Tensor& dy, const Tensor& x, std::string approximate, 
   const Tensor in = rows(x), out = torch::stable::contiguous(dy);
   const Sizes s = sizes(in, approximate, dx);
   const void *from = in.const_data_ptr(), *gradient = out.const_data_ptr();
-  prepare(dx);
   void* to = dx.mutable_data_ptr();
   torch::stable::parallel_for(0, dy.numel() / s.F, grain(s), [&](int64_t begin, int64_t end) { pick_kernels().backward(s, gradient, from, to, begin, end); });
 }

@@ -108,7 +108,6 @@ void group_norm_modulate(const Tensor& x, int64_t groups, const Maybe& weight, c
     std::fill_n(stats, statistics.numel() / 3, Statistics{});
     return;
   }
-  prepare(y);
   const Shape s = shape(y, groups);
   const Tensor in = laid_out(x, s.last);
   const Maybe W = with_rows(weight), O = with_rows(bias), C = with_rows(scale), S = with_rows(shift);
@@ -127,7 +126,6 @@ void group_norm_modulate(const Tensor& x, int64_t groups, const Maybe& weight, c
 void group_norm_modulate_backward(const Tensor& dy, const Tensor& x, const Tensor& statistics, int64_t groups, const Maybe& weight, const Maybe& bias,
                                   const Maybe& scale, const Maybe& shift, double eps, bool silu, std::vector<bool>, const Tensor& dx, const Tensor& dweight,
                                   const Tensor& dbias, const Tensor& dscale, const Tensor& dshift) {
-  prepare(dx);
   const Shape s = shape(dx, groups);
   const Maybe W = with_rows(weight), O = with_rows(bias), C = with_rows(scale), S = with_rows(shift);
   const Modulation m{operand(W), operand(O), operand(C), operand(S), static_cast<float>(eps), silu};

@@ -39,7 +39,6 @@ Sizes sizes(const Tensor& x) { return {type_of(x), x.size(0), x.size(1), x.size(
 
 // The memory of a result.
 void* written(const Tensor& out) {
-  prepare(out);
   return out.numel() ? out.mutable_data_ptr() : nullptr;
 }
 
