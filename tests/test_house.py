@@ -21,7 +21,7 @@ MAY_IMPORT = {
 ROLES = {"__init__.py", "reference.py", "triton.py", "cases.py", "NOTES.md"}
 # A kernel file that would pass 600 lines is split by pass.
 SPLIT_ROLES = ROLES | {"triton_forward.py", "triton_backward.py"}
-NATIVE_ROLES = re.compile(r"(op\.(h|cpp)|\w+\.h|((cpu|forward|backward)\.simd\.cpp)|(cuda|forward|backward)\.cu)$")
+NATIVE_ROLES = re.compile(r"(op\.(h|cpp)|\w+\.h|((cpu|forward|backward)\.simd\.cpp)|cuda\.cu|(kernel|forward|backward)\.cuh)$")
 OPTIONAL = {"einops", "scipy", "torch_dct", "dctorch", "diffusers", "timm", "rin_pytorch", "perceiver_pytorch",
             "transformers", "flash_attn", "liger_kernel", "xformers"}
 # The demo shows public models (and mends torchvision's import for one of them): the libraries they come from are its subject.
@@ -138,7 +138,7 @@ def test_native_includes():
             mine = f"ops/{path.parent.name}/"
             if not target.startswith(("common/", mine)):
                 wrong.append(f"{names(path)} includes {target}")
-        if path.name.endswith(".simd.cpp") and (seen := [p for p in included(path) if "<torch/" in p.read_text()]):
+        if path.name.endswith((".simd.cpp", ".cuh")) and (seen := [p for p in included(path) if "<torch/" in p.read_text()]):
             wrong.append(f"{names(path)} sees torch through {[p.name for p in seen]}")
     assert not wrong
 
