@@ -130,5 +130,5 @@ __device__ __forceinline__ void barrier(int id, int threads) { asm volatile("bar
 }  // namespace fastdiff
 
 #else
-#include "emulation.h"
+#include <emulation.h>
 #endif

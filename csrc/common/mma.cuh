@@ -66,5 +66,5 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[n], const
 }  // namespace fastdiff
 
 #else
-#include "emulation_mma.h"
+#include <emulation_mma.h>
 #endif

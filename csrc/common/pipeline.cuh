@@ -31,5 +31,5 @@ __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_
 }  // namespace fastdiff
 
 #else
-#include "emulation_pipeline.h"
+#include <emulation_pipeline.h>
 #endif

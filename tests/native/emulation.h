@@ -4,7 +4,7 @@
 // luck on a GPU is an error here, thrown as std::runtime_error with block and thread:
 //   - an index outside of an array in shared memory or of an argument in global memory; a misaligned vector access
 //   - two accesses to the same shared memory by different threads, at least one of them writing and not both atomic, with no barrier between
-//   - a read of shared memory that nobody wrote in this block
+//   - a read of shared memory that nobody wrote in this block; any access to it while an asynchronous copy to it is under way
 //   - a barrier or a warp operation that some of the threads it waits for do not reach, a mask without the calling lane
 // Shared memory holds 0xff bytes (a NaN in every float type) when a block starts, and so does what a lane takes from one outside its mask.
 #pragma once
@@ -71,7 +71,7 @@ struct Thread {
   std::vector<std::vector<Copy>> groups;  // asynchronous copies: the last group is still open
 };
 
-// Who touched two bytes of shared memory last, and in which interval between barriers of the block and of the warp.
+// Two bytes of shared memory: who touched them last, and in which interval between barriers of the block and of the warp.
 struct Touched {
   static constexpr int kNobody = -1, kSeveral = -2;
   struct By {
@@ -79,6 +79,7 @@ struct Touched {
     uint32_t block_interval = 0, warp_interval = 0;
     bool atomic = false;
   } write, read;
+  bool arriving = false;  // an asynchronous copy to it is under way
 };
 
 class Block {
@@ -159,6 +160,11 @@ class Block {
     last();
   }
 
+  void arriving(const void* p, size_t bytes, bool yes) {
+    const size_t first = (static_cast<const unsigned char*>(p) - memory.get()) / 2;
+    for (size_t i = first; i < first + bytes / 2; ++i) touched[i].arriving = yes;
+  }
+
   void touch(const void* p, size_t bytes, bool writes, bool atomic = false) {
     const size_t first = (static_cast<const unsigned char*>(p) - memory.get()) / 2, end = first + (bytes + 1) / 2;
     const int me = static_cast<int>(current), warp = me / 32;
@@ -169,6 +175,7 @@ class Block {
     const auto other = [&](const Touched::By& by) { return by.thread >= 0 ? "thread " + std::to_string(by.thread) : std::string("others"); };
     for (size_t i = first; i < end; ++i) {
       Touched& t = touched[i];
+      if (t.arriving) fail("byte " + std::to_string(2 * i) + " of shared memory: a copy to it is under way");
       if (clashes(t.write)) fail(std::string("race: ") + (writes ? "writes" : "reads") + " byte " + std::to_string(2 * i) +
                                  " of shared memory, which " + other(t.write) + " wrote, and no barrier is between");
       if (writes && clashes(t.read)) fail("race: writes byte " + std::to_string(2 * i) + " of shared memory, which " + other(t.read) +

@@ -1,5 +1,4 @@
-// cp.async at its worst: the destination is poisoned at once and filled at the wait, so that reading too early and writing over what is still
-// being read both show.
+// cp.async: the destination counts as written when the copy is begun and again at the wait, and may not be touched between.
 #pragma once
 
 namespace fastdiff {
@@ -12,6 +11,7 @@ void copy_async(const Shared<T>& to, const emulation::Checked<From, false>& from
   T* at = to.check(0, n);
   b.touch(at, n * sizeof(T), true);
   std::memset(static_cast<void*>(at), 0xff, n * sizeof(T));
+  b.arriving(at, n * sizeof(T), true);
   b.thread().groups.back().push_back({reinterpret_cast<unsigned char*>(at),
                                       valid ? reinterpret_cast<const unsigned char*>(from.check(0, n)) : nullptr, n * sizeof(T)});
 }
@@ -24,6 +24,7 @@ void copy_async_wait() {
   auto& groups = b.thread().groups;
   while (groups.size() > n + 1) {
     for (const emulation::Copy& c : groups.front()) {
+      b.arriving(c.to, c.bytes, false);
       b.touch(c.to, c.bytes, true);
       if (c.from) std::memcpy(c.to, c.from, c.bytes);
       else std::memset(c.to, 0, c.bytes);
