@@ -94,8 +94,9 @@ def main():
     library = native.FOLDER / "libfastdiff_cuda.so"
     with concurrent.futures.ProcessPoolExecutor(min(8, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
         rows = [row for n in options.architectures.split(",") for row in triton(int(n), pool)]
+    versions = f"torch {torch.__version__}, Triton {importlib.import_module('triton').__version__}"
     lines = ["Registers of a thread / bytes of shared memory of a block; a kernel that spills says so.",
-             f"Written by python benchmarks/resources.py; torch {torch.__version__}, Triton {importlib.import_module('triton').__version__}", "",
+             f"Written by python benchmarks/resources.py; {versions}", "",
              "CUDA C++ (shared memory beside what the launch asks for)", *(table(cuda(library)) if library.exists() else ["not built"]), "",
              "Triton, every launch row", *table(rows)]
     options.out.write_text("\n".join(lines) + "\n")

@@ -10,7 +10,8 @@
 //   Arena                    shared memory of a block, taken from the front: Arena arena; Shared<T> s = arena.take<T>(n). A copy of an
 //                            arena takes the same memory again. All shared memory is taken so: no __shared__ arrays.
 //   arena_bytes<T>(n)        what take<T>(n) uses: a launch's shared memory is the sum
-//   Launcher                 launcher(kernel, blocks, threads, shared bytes, arguments...): kernel.cuh launches through one that it is given
+//   Launcher                 launcher(kernel, blocks, threads, shared bytes, arguments...): kernel.cuh launches through one that it is given;
+//                            launcher.architecture: 80, 90, 100, for launch tables
 //   bf16, f16, to_float(x), from_float<T>(x) (nearest even), pair<T>(low, high): two floats as the 32 bits of a fragment's register
 //   exp2_approx(x), to_tf32(x): bits for mma (nearest, ties away)
 //   barrier(id, threads)     bar.sync of some of a block's warps, id 1 to 15
@@ -83,6 +84,7 @@ class Arena {
 
 struct Launcher {
   cudaStream_t stream;
+  int architecture;
 
   template <class... P, class... A>
   void operator()(void (*kernel)(P...), dim3 blocks, dim3 threads, size_t shared, A... arguments) const {

@@ -415,6 +415,7 @@ class Arena {
 
 struct Launcher {
   uint64_t seed = 0;
+  int architecture = 80;
 
   template <class... P, class... A>
   void operator()(void (*kernel)(P...), dim3 blocks, dim3 threads, size_t shared, A... arguments) const {
@@ -424,7 +425,8 @@ struct Launcher {
     block.size = size_t{threads.x} * threads.y * threads.z;
     if (block.size == 0 || block.size > 1024) throw std::runtime_error("a block has 1 to 1024 threads, not " + std::to_string(block.size));
     if (blocks.y > 65535 || blocks.z > 65535) throw std::runtime_error("a grid has at most 65535 blocks along y and z");
-    if (shared > 227 << 10) throw std::runtime_error("a block has at most 227 KiB of shared memory, not " + std::to_string(shared) + " bytes");
+    if (const size_t most = (architecture < 90 ? 163 : 227) << 10; shared > most)
+      throw std::runtime_error("a block has at most " + std::to_string(most) + " bytes of shared memory, not " + std::to_string(shared));
     block.body = [&] { kernel(arguments...); };
     blockDim = threads, gridDim = blocks;
     std::vector<size_t> order(size_t{blocks.x} * blocks.y * blocks.z);

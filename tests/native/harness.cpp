@@ -171,3 +171,6 @@ BIND(hand_over, +[](uint64_t seed, Array y, int64_t bug) { Launcher{seed}(hand_o
 
 __global__ void misaligned(Global<const float> x, Global<float> y) { store(y + 4 * threadIdx.x, load<4>(x + 4 * threadIdx.x + 1)); }
 BIND(misaligned, +[](Array x, Array y) { Launcher{0}(misaligned, 1, 1, 0, x.as<const float>(), y.as<float>()); })
+
+__global__ void nothing(Global<float>) {}
+BIND(shared_memory, +[](int64_t architecture, int64_t bytes, Array x) { Launcher{0, static_cast<int>(architecture)}(nothing, 1, 1, bytes, x.as<float>()); })

@@ -169,3 +169,10 @@ def test_named_barriers(emulator):
 def test_misaligned(emulator):
     with pytest.raises(RuntimeError, match="not aligned"):
         emulator.misaligned(normal(8), np.empty(8, np.float32))
+
+
+def test_shared_memory_of_a_chip(emulator):
+    x = normal(1, 64)
+    emulator.shared_memory(90, 200 << 10, x)
+    with pytest.raises(RuntimeError, match="at most 166912 bytes of shared memory"):
+        emulator.shared_memory(80, 200 << 10, x)
