@@ -115,6 +115,20 @@ def test_an_impossible_time_is_a_failure(monkeypatch, ceilings):
     assert not outcome.document["records"] and "above the roofline" in outcome.failures[0]["reason"]
 
 
+def test_seconds(monkeypatch, ceilings):
+    """Of several ops the first rows come first, and what is left out is said."""
+    options = dict(quick=True, against=["eager"])
+    outcome = suite.run(["patchify", "unpatchify"], seconds=1e-9, **options)
+    assert not outcome.document["records"] and outcome.notes[-1] == "4 of 4 rows left out: 1e-09 s had passed"
+
+    def measure(*_):
+        raise suite.Wrong("not measured")
+
+    monkeypatch.setattr(suite, "measure", measure)
+    order = lambda **more: [failure["op"] for failure in suite.run(["patchify", "unpatchify"], **options, **more).failures]
+    assert order(seconds=600) == ["patchify", "unpatchify"] * 2 and order() == sorted(order())
+
+
 def test_ceilings_are_measured():
     assert roofline.copy_GBs(1 << 20, "cpu", copies=2, seconds=0.01) > 0
     assert roofline.gemm_GFs("float32", "cpu", 0.005) > 0

@@ -21,7 +21,7 @@ MAY_IMPORT = {
 ROLES = {"__init__.py", "reference.py", "triton.py", "cases.py", "NOTES.md"}
 # A kernel file that would pass 600 lines is split by pass.
 SPLIT_ROLES = ROLES | {"triton_forward.py", "triton_backward.py"}
-NATIVE_ROLES = re.compile(r"(op\.(h|cpp)|\w+\.h|((cpu|forward|backward)\.simd\.cpp)|(cuda|forward|backward)\.cu)$")
+NATIVE_ROLES = re.compile(r"(op\.(h|cpp)|\w+\.h|((cpu|forward|backward)\.simd\.cpp)|cuda\.cu|(kernel|forward|backward)\.cuh)$")
 OPTIONAL = {"einops", "scipy", "torch_dct", "dctorch", "diffusers", "timm", "rin_pytorch", "perceiver_pytorch",
             "transformers", "flash_attn", "liger_kernel", "xformers"}
 # The demo shows public models (and mends torchvision's import for one of them): the libraries they come from are its subject.
@@ -138,9 +138,19 @@ def test_native_includes():
             mine = f"ops/{path.parent.name}/"
             if not target.startswith(("common/", mine)):
                 wrong.append(f"{names(path)} includes {target}")
-        if path.name.endswith(".simd.cpp") and (seen := [p for p in included(path) if "<torch/" in p.read_text()]):
+        if path.name.endswith((".simd.cpp", ".cuh")) and (seen := [p for p in included(path) if "<torch/" in p.read_text()]):
             wrong.append(f"{names(path)} sees torch through {[p.name for p in seen]}")
     assert not wrong
+
+
+def test_cuda_kernels_run_on_the_cpu():
+    """Kernels and their launches are in .cuh files that tests/native builds for the CPU; .cu files see torch and have none."""
+    native = "".join(path.read_text() for path in (ROOT / "tests" / "native").glob("*.cpp"))
+    for path in (ROOT / "csrc" / "ops").glob("*/*.cu*"):
+        if path.suffix == ".cuh":
+            assert "__global__" not in path.read_text() or f'#include "{path.relative_to(ROOT / "csrc")}"' in native, f"no test runs {names(path)}"
+        else:
+            assert "__global__" not in path.read_text() and "<<<" not in path.read_text(), f"{names(path)} has a kernel or a launch"
 
 
 def included(path):

@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 import sys
+import time
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -252,16 +253,25 @@ def rows(ops, *, device, threads, passes, dtypes, cases, quick):
 
 
 def run(ops=None, *, device="cpu", threads=None, passes=("forward",), dtypes=("float32",), cases="*", against=None, peers=None, quick=False,
-        command="fastdiff.bench.suite.run", progress=None):
-    """Measures and returns an Outcome. ops: public names (None: all). threads: counts to run at. progress(done, total, text) is told."""
+        seconds=None, command="fastdiff.bench.suite.run", progress=None):
+    """Measures and returns an Outcome. ops: public names (None: all). threads: counts to run at. progress(done, total, text) is told.
+
+    seconds: no row begins after them, and then every op's first rows come before any op's second.
+    """
+    begin = time.monotonic()
     module, sentence = find_peers(peers)
     todo = rows({op: public()[op] for op in ops or public()}, device=device, threads=threads or [torch.get_num_threads()], passes=passes,
                 dtypes=dtypes, cases=cases, quick=quick)
+    if seconds:
+        todo.sort(key=lambda row: list(row.case.bench).index(row.name))
     budget = timer.QUICK if quick else timer.Budget()
     results, failures, notes, ceilings = [], [], [sentence], {}
     before = torch.get_num_threads()
     try:
         for done, row in enumerate(todo):
+            if seconds and time.monotonic() - begin > seconds:
+                notes.append(f"{len(todo) - done} of {len(todo)} rows left out: {seconds:g} s had passed")
+                break
             torch.set_num_threads(row.threads)
             if progress:
                 progress(done, len(todo), f"{row.op}, {row.name}, {row.dtype}, {row.pass_}")
@@ -327,6 +337,7 @@ def _parser():
     parser.add_argument("--plot", metavar="FILE", help="draw a roofline picture (needs matplotlib)")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--quick", action="store_true", help="few cases (or those of --case) and short times")
+    parser.add_argument("--seconds", type=float, metavar="N", help="begin no row after these; the rest is left out, and said")
     parser.add_argument("--overhead", action="store_true", help="only what a call costs on 16-element tensors")
     return parser
 
@@ -368,8 +379,8 @@ def _with_bar(options, command):
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("ceilings")
         return run(options.ops, device=options.device, threads=options.threads, passes=options.passes, dtypes=options.dtype,
-                   cases=options.case, against=options.against, peers=options.peers, quick=options.quick, command=command,
-                   progress=lambda done, total, text: bar.update(task, completed=done, total=total, description=text))
+                   cases=options.case, against=options.against, peers=options.peers, quick=options.quick, seconds=options.seconds,
+                   command=command, progress=lambda done, total, text: bar.update(task, completed=done, total=total, description=text))
 
 
 def main(argv):

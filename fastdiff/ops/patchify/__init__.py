@@ -46,16 +46,30 @@ def _unpatchify_outputs(tokens, patch, grid, order):
     return tokens.new_empty((sizes["B"], sizes["D"] // prod(patch), *(g * p for g, p in zip(grid, patch, strict=True))))
 
 
+def _cuda(name, elements):
+    """elements(*args): of one patch; the kernel holds a patch in shared memory."""
+
+    def refuse(*args):
+        return None if elements(*args) <= 8192 else f"takes patches of at most 8192 elements, got {elements(*args)}"
+
+    return cuda(name, refuse=refuse, plan=lambda *_: "tiles of patches through shared memory, 16 bytes at a time where addresses allow")
+
+
 PATCHIFY = contract("patchify(Tensor x, SymInt[] patch, str order) -> Tensor", outputs=_patchify_outputs, reference=reference.patchify,
-                    backends=(cuda("patchify"), triton.PATCHIFY, cpu("patchify")), module=__name__,
-                    entries=("patchify_eager",))
+                    backends=(_cuda("patchify", lambda x, patch, _: x.shape[1] * prod(patch)), triton.PATCHIFY, cpu("patchify")),
+                    module=__name__, entries=("patchify_eager",))
 UNPATCHIFY = contract("unpatchify(Tensor tokens, SymInt[] patch, SymInt[] grid, str order) -> Tensor", outputs=_unpatchify_outputs,
-                      reference=reference.unpatchify, backends=(cuda("unpatchify"), triton.UNPATCHIFY, cpu("unpatchify")),
+                      reference=reference.unpatchify,
+                      backends=(_cuda("unpatchify", lambda tokens, *_: tokens.shape[2]), triton.UNPATCHIFY, cpu("unpatchify")),
                       module=__name__, entries=("unpatchify_eager",))
 SPACE_TO_DEPTH = contract("space_to_depth(Tensor x, SymInt[] patch, str order) -> Tensor", outputs=_space_to_depth_outputs,
-                          reference=reference.space_to_depth, backends=(triton.SPACE_TO_DEPTH, cpu("space_to_depth")), module=__name__)
+                          reference=reference.space_to_depth,
+                          backends=(_cuda("space_to_depth", lambda x, patch, _: x.shape[1] * prod(patch)), triton.SPACE_TO_DEPTH,
+                                    cpu("space_to_depth")), module=__name__)
 DEPTH_TO_SPACE = contract("depth_to_space(Tensor x, SymInt[] patch, str order) -> Tensor", outputs=_depth_to_space_outputs,
-                          reference=reference.depth_to_space, backends=(triton.DEPTH_TO_SPACE, cpu("depth_to_space")), module=__name__)
+                          reference=reference.depth_to_space,
+                          backends=(_cuda("depth_to_space", lambda x, *_: x.shape[1]), triton.DEPTH_TO_SPACE, cpu("depth_to_space")),
+                          module=__name__)
 
 
 def _save_grid(ctx, args, outs):
