@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ...core.backend import cpu
+from ...core.backend import cpu, cuda
 from ...core.check import dims as check_dims
 from ...core.check import fail, tensor
 from ...core.contract import contract
@@ -15,16 +15,31 @@ def _like(x):
     return x.new_empty(x.shape)
 
 
+SQUARES = (16, 32, 64, 128)
+
+
+def _cuda(name, dims):
+    """The CUDA kernel of a contract; dims(args): how many axes it transforms."""
+
+    def refuse(x, *args):
+        if dims(args) != 2 or not 2 <= x.dim() <= 4 or x.shape[-1] != x.shape[-2] or x.shape[-1] not in SQUARES:
+            sides = ", ".join(map(str, SQUARES))
+            return f"takes planes of {sides} elements a side in at most 4-D, got {tuple(x.shape)} with dims = {dims(args)}"
+        return None
+
+    return cuda(name, refuse=refuse, plan=lambda *_: "whole planes in shared memory, a row or a column in a thread's registers")
+
+
 DCT = contract("dct(Tensor x, int dims, bool inverse) -> Tensor", outputs=lambda x, *_: _like(x), reference=reference.dct,
-               backends=(triton.DCT, cpu("dct")), module=__name__)
+               backends=(_cuda("dct", lambda args: args[0]), triton.DCT, cpu("dct")), module=__name__)
 # IDCT(gain DCT(x) + gain_eps DCT(eps) + gain_noise noise); gains in float32 (float64 beside float64), broadcast to x, whole along its axes.
 MIX = contract("frequency_mix(Tensor x, Tensor gain, Tensor? eps, Tensor? gain_eps, Tensor? noise, Tensor? gain_noise, int dims) -> Tensor",
-               outputs=lambda x, *_: _like(x), reference=reference.frequency_mix, backends=(triton.MIX, cpu("frequency_mix")),
-               module=__name__)
+               outputs=lambda x, *_: _like(x), reference=reference.frequency_mix, module=__name__,
+               backends=(_cuda("frequency_mix", lambda args: args[-1]), triton.MIX, cpu("frequency_mix")))
 # IDCT((rows columns^T + base) DCT(x)) + sigma noise, per sample; rows (B, h), columns (B, w), base and sigma (B,) as the gains above.
 SEPARABLE = contract("separable_gain(Tensor x, Tensor rows, Tensor columns, Tensor base, Tensor? noise, Tensor? sigma) -> Tensor",
                      outputs=lambda x, *_: _like(x), reference=reference.separable_gain,
-                     backends=(triton.SEPARABLE, cpu("separable_gain")), module=__name__)
+                     backends=(_cuda("separable_gain", lambda args: 2), triton.SEPARABLE, cpu("separable_gain")), module=__name__)
 
 
 def _wide(x):
