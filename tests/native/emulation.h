@@ -26,6 +26,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -555,6 +556,11 @@ T from_float(float x) {
 template <class T>
 uint32_t pair(float low, float high) {
   return from_float<T>(low).bits | uint32_t{from_float<T>(high).bits} << 16;
+}
+
+template <class T>
+void split(uint32_t bits, float& low, float& high) {
+  low = to_float(T{static_cast<uint16_t>(bits)}), high = to_float(T{static_cast<uint16_t>(bits >> 16)});
 }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
