@@ -12,7 +12,8 @@
 //   arena_bytes<T>(n)        what take<T>(n) uses: a launch's shared memory is the sum
 //   Launcher                 launcher(kernel, blocks, threads, shared bytes, arguments...): kernel.cuh launches through one that it is given;
 //                            launcher.architecture: 80, 90, 100, for launch tables
-//   bf16, f16, to_float(x), from_float<T>(x) (nearest even), pair<T>(low, high): two floats as the 32 bits of a fragment's register
+//   bf16, f16, to_float(x), from_float<T>(x) (nearest even), pair<T>(low, high): two floats as the 32 bits of a fragment's register;
+//   split<T>(bits, low, high): and back
 //   exp2_approx(x), to_tf32(x): bits for mma (nearest, ties away)
 //   barrier(id, threads)     bar.sync of some of a block's warps, id 1 to 15
 //
@@ -113,6 +114,16 @@ __device__ __forceinline__ uint32_t pair(float low, float high) {
   if constexpr (std::is_same_v<T, bf16>) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
+}
+
+template <class T>
+__device__ __forceinline__ void split(uint32_t bits, float& low, float& high) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    low = __uint_as_float(bits << 16), high = __uint_as_float(bits & 0xffff0000);
+  } else {
+    const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&bits));
+    low = both.x, high = both.y;
+  }
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {

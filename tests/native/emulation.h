@@ -26,6 +26,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -82,6 +83,17 @@ struct Touched {
   bool arriving = false;  // an asynchronous copy to it is under way
 };
 
+// What the warps' accesses cost, the k-th shared (global) access of each lane taken as one instruction: wavefronts of shared memory (32 banks of
+// 4 bytes; 8 lanes at a time for 16 bytes each, 16 for 8) and sectors of global memory (32 bytes), and the least that could do.
+struct Counts {
+  int64_t wavefronts = 0, least_wavefronts = 0, sectors = 0, least_sectors = 0;
+};
+
+struct Access {
+  size_t at, bytes;
+  int lane;
+};
+
 class Block {
  public:
   static inline Block* now = nullptr;
@@ -97,6 +109,7 @@ class Block {
   std::function<void()> body;
   std::string error;
   int votes = 0, counted = 0;
+  Counts* counts = nullptr;
 
   int lane() const { return current % 32; }
   Thread& thread() { return threads[current]; }
@@ -119,6 +132,8 @@ class Block {
       t.fibre->start(enter);
       wake(i);
     }
+    for (auto& log : logs_) log.assign(counts ? (size + 31) / 32 : 0, {});
+    for (auto& made : made_) made.assign(size, 0);
     error.clear();
     while (!ready_.empty()) {
       const size_t at = random.below(ready_.size());
@@ -133,6 +148,21 @@ class Block {
       threadIdx = thread().index;
       fail("some threads of the block wait for others that never come: " + stuck);
     }
+    if (counts) count();
+  }
+
+  void record(bool in_shared, const void* p, size_t bytes) {
+    if (!counts) return;
+    auto& warp = logs_[in_shared][current / 32];
+    const size_t k = made_[in_shared][current]++;
+    if (warp.size() <= k) warp.resize(k + 1);
+    warp[k].push_back({reinterpret_cast<uintptr_t>(p), bytes, lane()});
+  }
+
+  // An access to shared memory by the current thread.
+  void access(const void* p, size_t bytes, bool writes, bool atomic = false) {
+    record(true, p, bytes);
+    touch(p, bytes, writes, atomic);
   }
 
   void wake(size_t i) {
@@ -197,6 +227,37 @@ class Block {
  private:
   std::vector<size_t> ready_;
   size_t arrived_[16];  // by barrier; 0 is __syncthreads
+  std::vector<std::vector<std::vector<Access>>> logs_[2];  // global, shared: warp, number of the access, lanes
+  std::vector<size_t> made_[2];
+
+  // Different values in a list, which it sorts.
+  static int64_t different(std::vector<size_t>& values) {
+    std::sort(values.begin(), values.end());
+    return std::unique(values.begin(), values.end()) - values.begin();
+  }
+
+  void count() {
+    for (const auto& warp : logs_[1])
+      for (const auto& lanes : warp) {
+        const int together = static_cast<int>(128 / std::max<size_t>(lanes[0].bytes, 4));
+        for (int first = 0; first < 32; first += together) {
+          std::vector<size_t> words[32];
+          for (const Access& a : lanes)
+            if (a.lane >= first && a.lane < first + together)
+              for (size_t word = a.at / 4; word <= (a.at + a.bytes - 1) / 4; ++word) words[word % 32].push_back(word);
+          int64_t most = 0;
+          for (auto& bank : words) most = std::max(most, different(bank));
+          counts->wavefronts += most, counts->least_wavefronts += most > 0;
+        }
+      }
+    for (const auto& warp : logs_[0])
+      for (const auto& lanes : warp) {
+        std::vector<size_t> sectors, halves;
+        for (const Access& a : lanes)
+          for (size_t byte = a.at; byte < a.at + a.bytes; byte += 2) sectors.push_back(byte / 32), halves.push_back(byte / 2);
+        counts->sectors += different(sectors), counts->least_sectors += (different(halves) + 15) / 16;
+      }
+  }
 
   static void enter() {
     Block& b = *now;
@@ -295,11 +356,11 @@ class Element {
   explicit Element(T* at) : at_(at) {}
   Element(const Element&) = default;
   operator std::remove_const_t<T>() const {
-    Block::now->touch(at_, sizeof(T), false);
+    Block::now->access(at_, sizeof(T), false);
     return *at_;
   }
   T operator=(T x) const {
-    Block::now->touch(at_, sizeof(T), true);
+    Block::now->access(at_, sizeof(T), true);
     return *at_ = x;
   }
   T operator=(const Element& x) const { return *this = static_cast<T>(x); }
@@ -344,6 +405,7 @@ class Checked {
       fail(std::string(shared ? "shared" : "global") + " memory: element " + std::to_string(p - first_) + (n > 1 ? " and on" : "") + " of " +
            std::to_string(last_ - first_));
     if (reinterpret_cast<uintptr_t>(p) % (n * sizeof(T))) fail("an access of " + std::to_string(n * sizeof(T)) + " bytes is not aligned to them");
+    if (!shared) Block::now->record(false, p, n * sizeof(T));
     return p;
   }
   T* at() const { return at_; }
@@ -381,7 +443,7 @@ Pack<std::remove_const_t<T>, n> load(const emulation::Checked<T, shared>& p) {
   static_assert(sizeof(T) * n <= 16);
   Pack<std::remove_const_t<T>, n> x;
   const T* at = p.check(0, n);
-  if (shared) emulation::Block::now->touch(at, sizeof x, false);
+  if (shared) emulation::Block::now->access(at, sizeof x, false);
   std::memcpy(static_cast<void*>(&x), at, sizeof x);
   return x;
 }
@@ -390,7 +452,7 @@ template <class T, int n, bool shared>
 void store(const emulation::Checked<T, shared>& p, const Pack<T, n>& x) {
   static_assert(sizeof(T) * n <= 16);
   T* at = p.check(0, n);
-  if (shared) emulation::Block::now->touch(at, sizeof x, true);
+  if (shared) emulation::Block::now->access(at, sizeof x, true);
   std::memcpy(static_cast<void*>(at), &x, sizeof x);
 }
 
@@ -416,11 +478,13 @@ class Arena {
 struct Launcher {
   uint64_t seed = 0;
   int architecture = 80;
+  emulation::Counts* counts = nullptr;  // to be added to
 
   template <class... P, class... A>
   void operator()(void (*kernel)(P...), dim3 blocks, dim3 threads, size_t shared, A... arguments) const {
     static emulation::Block block;  // keeps its stacks
     block.random.state = seed;
+    block.counts = counts;
     block.shared = shared;
     block.size = size_t{threads.x} * threads.y * threads.z;
     if (block.size == 0 || block.size > 1024) throw std::runtime_error("a block has 1 to 1024 threads, not " + std::to_string(block.size));
@@ -494,6 +558,11 @@ uint32_t pair(float low, float high) {
   return from_float<T>(low).bits | uint32_t{from_float<T>(high).bits} << 16;
 }
 
+template <class T>
+void split(uint32_t bits, float& low, float& high) {
+  low = to_float(T{static_cast<uint16_t>(bits)}), high = to_float(T{static_cast<uint16_t>(bits >> 16)});
+}
+
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline uint32_t to_tf32(float x) { return (to_bits(x) + 0x1000) & 0xffffe000; }
 
@@ -548,7 +617,7 @@ T atomically(T* at, const F& f) {
 template <class T, class F>
 T atomically(const Checked<T, true>& p, const F& f) {
   T* at = p.check(0, 1);
-  Block::now->touch(at, sizeof(T), true, true);
+  Block::now->access(at, sizeof(T), true, true);
   return atomically(at, f);
 }
 template <class T>

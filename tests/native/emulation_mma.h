@@ -30,7 +30,7 @@ void load_matrices(const char* operation, uint32_t (&r)[n], const Checked<T, tru
   const T* at = nullptr;
   if (b.lane() < 8 * n) {
     at = row.check(0, 8);
-    b.touch(at, 16, false);
+    b.access(at, 16, false);
   }
   struct Offer { uint32_t* r; const T* row; } mine{r, at};
   meet_warp(operation, 0xffffffff, mine, [&](Offer* (&all)[32]) {

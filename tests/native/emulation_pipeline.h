@@ -9,7 +9,7 @@ void copy_async(const Shared<T>& to, const emulation::Checked<From, false>& from
   static_assert(std::is_same_v<std::remove_const_t<From>, T>);
   emulation::Block& b = *emulation::Block::now;
   T* at = to.check(0, n);
-  b.touch(at, n * sizeof(T), true);
+  b.access(at, n * sizeof(T), true);
   std::memset(static_cast<void*>(at), 0xff, n * sizeof(T));
   b.arriving(at, n * sizeof(T), true);
   b.thread().groups.back().push_back({reinterpret_cast<unsigned char*>(at),

@@ -137,7 +137,9 @@ template <class T>
 __global__ void convert(Global<const float> x, Global<T> y, Global<float> z) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   y[i] = from_float<T>(x[i]);
-  z[i] = to_float(y[i]);
+  float low, high;
+  split<T>(pair<T>(x[i], -x[i]), low, high);
+  z[i] = low == -high || x[i] != x[i] ? to_float(y[i]) : 0;
 }
 template <class T>
 static void launch_convert(Array x, Array y, Array z) {

@@ -19,9 +19,9 @@ def _pad(values, fill):
 
 
 def _array(values, offset, spare):
-    """(memory with `offset` elements before and `spare` after, poisoned; the part between), 16-byte aligned at its start."""
-    memory = np.full(values.size + offset + spare + 16, 0xffff, np.int64).astype(values.dtype)
-    start = -memory.ctypes.data % 16 // memory.itemsize
+    """(memory with `offset` elements before and `spare` after, poisoned; the part between), 128-byte aligned at its start."""
+    memory = np.full(values.size + offset + spare + 128, 0xffff, np.int64).astype(values.dtype)
+    start = -memory.ctypes.data % 128 // memory.itemsize
     memory = memory[start:start + values.size + offset + spare]
     part = memory[offset:offset + values.size]
     part[:] = values.ravel()
@@ -84,3 +84,20 @@ def test_accesses_are_wide(emulator, size, C, grid, patch, columns, wide):
     assert tuple(facts[:2]) == wide
     patch_bytes = size * C * prod(patch)
     assert facts[2] * facts[3] * patch_bytes >= min(4096, prod(grid) * patch_bytes)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("order", ["pqc", "cpq"])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("C", "grid", "patch"), [
+    (3, (2, 32), (8, 8)), (4, (8, 32), (2, 2)), (3, (2, 3, 32), (2, 4, 4)), (3, (1, 16), (16, 16))])
+def test_memory_is_used_well(emulator, C, grid, patch, size, order, columns):
+    """Bank conflicts are four-fold at most on average, and no sector of global memory is asked for that is not used up."""
+    dtype, space = {2: np.uint16, 4: np.uint32}[size], [g * p for g, p in zip(grid, patch, strict=True)]
+    image, tokens = (_array(np.zeros(C * prod(space), dtype), 0, 0)[0] for _ in range(2))
+    stride = [C * prod(space), prod(space), *_pad([prod(space[i + 1:]) for i in range(len(space))], 0)]
+    counts = np.zeros((2, 4), np.int64)
+    emulator.patchify_counts(counts, image, tokens, stride, _pad(grid, 1), _pad(patch, 1), 1, C, order == "pqc", columns)
+    wavefronts, least_wavefronts, sectors, least_sectors = counts.T
+    assert (wavefronts <= 4 * least_wavefronts).all(), wavefronts / least_wavefronts
+    assert (sectors <= 1.05 * least_sectors).all(), sectors / least_sectors

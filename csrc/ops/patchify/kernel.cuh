@@ -48,20 +48,25 @@ inline Plan plan_of(const Shape& s, int size, const void* image, const void* tok
   p.run = p.patch[2] * (p.merged ? p.channels : 1), p.rows = p.width / p.run;
   p.patches = static_cast<int>(s.grid[2]), p.grid = static_cast<int>(s.grid[1]), p.pieces = static_cast<int>(s.grid[0] * s.grid[1]);
   const int wanted = std::max(1, kTile / (p.width * size));
-  p.part = std::min(p.patches, wanted >= 8 ? wanted / 8 * 8 : wanted);
+  // Columns of a tile are whole sectors of 32 bytes where a tile of so many patches fits.
+  const int sector = 32 / size;
+  int part = wanted / sector * sector;
+  if (part == 0 && p.columns && sector * p.width * size <= kShared / 2) part = sector;
+  for (int half = sector / 2; part == 0; half /= 2) part = wanted / half * half;
+  p.part = std::min(p.patches, part);
   p.group = p.part < p.patches ? 1 : std::min(p.pieces, std::max(1, wanted / p.patches));
 
   // The widest access that divides every address it will be made at.
-  const auto divides = [size](const void* p, std::initializer_list<int64_t> multiples) {
-    int64_t wide = 16;
-    wide = std::gcd(wide, static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) % 16));
+  const auto divides = [size](const void* array, std::initializer_list<int64_t> multiples) {
+    int64_t wide = std::gcd(int64_t{16}, static_cast<int64_t>(reinterpret_cast<uintptr_t>(array) % 16));
     for (int64_t m : multiples) wide = std::gcd(wide, m * size);
     return static_cast<int>(std::max<int64_t>(wide / size, 1));
   };
   const auto moved = [](int64_t count, int64_t stride) { return count > 1 ? stride : 0; };
-  const int64_t line = int64_t{p.patches} * p.run, part = p.part < p.patches ? int64_t{p.part} * p.run : 0;
+  const int64_t line = int64_t{p.patches} * p.run, from_part = p.part < p.patches ? int64_t{p.part} * p.run : 0;
   p.image_wide = p.step != 1 ? 1 : divides(image, {moved(s.batch, s.stride[0]), p.merged ? 0 : moved(s.channels, s.stride[1]),
-                                                   moved(s.grid[0] * s.patch[0], s.stride[2]), moved(s.grid[1] * s.patch[1], s.stride[3]), line, part});
+                                                   moved(s.grid[0] * s.patch[0], s.stride[2]), moved(s.grid[1] * s.patch[1], s.stride[3]), line,
+                                                   from_part});
   p.tokens_wide = !p.columns ? divides(tokens, {p.width}) : divides(tokens, {p.tokens, p.group > 1 ? int64_t{p.group} * p.patches : p.patches,
                                                                              p.part < p.patches ? p.part : 0});
   p.pitch = p.part * p.run;
@@ -70,7 +75,7 @@ inline Plan plan_of(const Shape& s, int size, const void* image, const void* tok
 
 // Where element i of a tile lies: pieces of 16 bytes change places within 128 bytes, by numbers that come from the address above them. Elements
 // that are a fixed step apart, as tokens ask for them, then meet in four-fold bank conflicts at most where there were up to twenty-fold ones
-// (counted for patches of 2 to 16 pixels, 3 and 4 channels, both orders, 2 and 4 bytes).
+// (test_memory_is_used_well counts them).
 template <class T>
 __device__ inline int placed(int i) {
   constexpr unsigned piece = 16 / sizeof(T), line = 8 * piece;
