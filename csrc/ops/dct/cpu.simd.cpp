@@ -5,174 +5,212 @@ namespace {
 
 // The factor of element 0 beside the others, which the sums of split.h leave out.
 constexpr float kFirst = 0x1.6a09e6p-1f;
+// Up to this distance between rows columns are read and written where they are; beyond, a row apart is a page apart.
+constexpr int64_t kNear = 2048;
+constexpr int64_t kAhead = 16;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int64_t longest(const Problem& p) { return padded(p.h > p.w ? p.h : p.w); }
+int64_t strips(const Problem& p) { return vectors(p.w); }
+int64_t blocks(const Problem& p) { return vectors(p.h); }
 
-// A plane as Z: blocks of kLanes rows, each w vectors, one per column.
-int64_t plane_floats(const Problem& p) { return padded(p.h) * p.w; }
+// The image: strips of kLanes columns, each a vector for every row, up to whole blocks of kLanes rows.
+int64_t plane_floats(const Problem& p) { return p.columns ? padded(p.h) * padded(p.w) : 0; }
+int64_t image(const Problem& p) { return (p.eps ? 2 : 1) * plane_floats(p); }
+// Three lines of vectors, one per element of a row or column, and the two that split.h works with.
+int64_t scratch(const Problem& p) { return 5 * longest(p) * kLanes; }
 
-// A plane as rows of float, read and written from end to end: processors do not foresee accesses that are a row apart, and there they
-// stay in cache. One vector more than the row's, so that elements of a column do not fall onto the same cache sets.
-int64_t row_floats(const Problem& p) { return padded(p.w) + kLanes; }
-
-// Z, a second one for what is added to it between the transforms, rows, a line of vectors, and the two that split.h works with.
-int64_t planes(const Problem& p) { return p.kind == Kind::gain && (p.eps || p.noise) ? 2 : 1; }
-int64_t scratch(const Problem& p) { return planes(p) * plane_floats(p) + p.h * row_floats(p) + 3 * longest(p) * kLanes; }
-
-template <class T>
-inline f32 load_up_to(const T* x, int n) {
-  return n == kLanes ? load(x) : load_n(x, n);
-}
-
-// v[e] = column e of `rows` rows of n elements from row(0), row(1), ..., with zeros beyond.
+// line[j] = column j of the `rows` rows of tiles of kLanes columns: row r of tile t at row(r) + t * step. Zeros in rows beyond.
 template <class F>
-inline void load_columns(const F& row, int64_t rows, int n, f32 (&v)[kLanes]) {
-  for (int r = 0; r < kLanes; ++r) v[r] = r < rows ? load_up_to(row(r), n) : f32{};
-  transpose(v);
+inline void gather(int64_t columns, int64_t rows, const F& row, int64_t step, float scale, float* line) {
+  f32 v[kLanes];
+  for (int64_t j = 0; j < columns; j += kLanes, line += kLanes * kLanes) {
+    const int64_t at = j / kLanes * step;
+    if (rows >= kLanes && columns - j >= kLanes) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) v[r] = load(row(r) + at);
+    } else {
+      const int n = static_cast<int>(least(kLanes, columns - j));
+      for (int r = 0; r < kLanes; ++r) v[r] = r >= rows ? f32{} : n == kLanes ? load(row(r) + at) : load_n(row(r) + at, n);
+    }
+    transpose(v);
+#pragma GCC unroll 16
+    for (int e = 0; e < kLanes; ++e) store(line + e * kLanes, v[e] * scale);
+  }
 }
+
+// The way back, to rows a distance of `stride` apart.
+template <class T>
+inline void scatter(int64_t columns, int64_t rows, const float* line, float scale, T* y, int64_t stride, int64_t step) {
+  f32 v[kLanes];
+  for (int64_t j = 0; j < columns; j += kLanes, line += kLanes * kLanes, y += step) {
+#pragma GCC unroll 16
+    for (int e = 0; e < kLanes; ++e) v[e] = load(line + e * kLanes);
+    transpose(v);
+    if (rows >= kLanes && columns - j >= kLanes) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) store(y + r * stride, v[r] * scale);
+    } else {
+      const int n = static_cast<int>(least(kLanes, columns - j));
+      for (int r = 0; r < least(kLanes, rows); ++r) {
+        if (n == kLanes) store(y + r * stride, v[r] * scale);
+        else store_n(y + r * stride, v[r] * scale, n);
+      }
+    }
+  }
+}
+
+float norm(const Problem& p) { return __builtin_sqrtf(2.0f / p.w) * (p.columns ? __builtin_sqrtf(2.0f / p.h) : 1.0f); }
 
 template <class T>
 struct Plane {
   const Problem& p;
-  int64_t rows;
-  float *image, *line, *work;
+  int64_t plane;
+  float *image, *a, *b, *c, *work;
 
-  float* at(float* z, int64_t block, int64_t j) const { return z + (block * p.w + j) * kLanes; }
-  float* row(int64_t i) const { return image + i * row_floats(p); }
+  Plane(const Problem& p, int64_t plane, float* image, float* scratch) : p(p), plane(plane), image(image) {
+    const int64_t line = longest(p) * kLanes;
+    a = scratch, b = a + line, c = b + line, work = c + line;
+  }
 
-  // Z from x, transformed along h where columns are.
-  void enter(const T* x, float* z) const {
-    f32 v[kLanes];
-    const float first = p.columns && p.kind == Kind::inverse ? kFirst : 1.0f;
-    for (int64_t i = 0; i < rows; ++i) pack_rows(1, p.w, x + i * p.w, 0, i == 0 ? first : 1.0f, row(i));
-    for (int64_t j = 0; j < p.w; j += kLanes) {
-      const float* from = image + j;
-      int64_t step = row_floats(p);
-      if (p.columns) {
-        if (p.kind == Kind::inverse) {
-          back(p.along_h, 0, from, step, line, kLanes, work);
-        } else {
-          two(p.along_h, 0, from, step, line, kLanes, work);
-          store(line, load(line) * kFirst);
+  int64_t first() const { return plane * p.h * p.w; }
+  int64_t rows() const { return p.columns ? p.h : least(p.h, p.rows - plane * p.h); }
+  const T* input(const void* x) const { return x ? static_cast<const T*>(x) + first() : nullptr; }
+  T* output() const { return static_cast<T*>(p.y) + first(); }
+  float* strip(float* z, int64_t s) const { return z + s * padded(p.h) * kLanes; }
+  bool near(int64_t s) const { return sizeof(T) == 4 && (s + 1) * kLanes <= p.w && p.w * int64_t{sizeof(T)} <= kNear; }
+
+  void enter(const T* x, float* z, int64_t s) const {
+    float* to = strip(z, s);
+    x += s * kLanes;
+    if (near(s)) {
+      two(p.along_h, 0, reinterpret_cast<const float*>(x), p.w, to, kLanes, work);
+    } else {
+      for_vectors(least(kLanes, p.w - s * kLanes), [&](int64_t, const auto& get, const auto&, int) {
+        for (int64_t i = 0; i < p.h; ++i) {
+          __builtin_prefetch(x + (i + kAhead) * p.w);
+          store(a + i * kLanes, get(x + i * p.w));
         }
-        from = line, step = kLanes;
-      }
-      for (int64_t i = 0; i < rows; i += kLanes) {
-        load_columns([&](int r) { return from + (i + r) * step; }, least(kLanes, rows - i), kLanes, v);
-        for (int e = 0; e < least(kLanes, p.w - j); ++e) store(at(z, i / kLanes, j + e), v[e]);
-      }
-    }
-  }
-
-  // Along w.
-  void forward(float* z) const {
-    two(p.along_w, 0, z, kLanes, z, kLanes, work);
-    store(z, load(z) * kFirst);
-  }
-  void inverse(float* z) const {
-    store(z, load(z) * kFirst);
-    back(p.along_w, 0, z, kLanes, z, kLanes, work);
-  }
-
-  // f(column, vector) for every column of the block's rows of gains or noise, row i of the plane at row(i).
-  template <class R, class F>
-  void by_columns(int64_t block, const R& row, const F& f) const {
-    f32 v[kLanes];
-    for (int64_t j = 0; j < p.w; j += kLanes) {
-      const int n = static_cast<int>(least(kLanes, p.w - j));
-      load_columns([&](int r) { return row(block * kLanes + r) + j; }, least(kLanes, rows - block * kLanes), n, v);
-      for (int e = 0; e < n; ++e) f(j + e, v[e]);
-    }
-  }
-
-  // Rows from Z, after the inverse transform along h where `columns`.
-  void leave(float* z, bool columns) const {
-    f32 v[kLanes];
-    for (int64_t j = 0; j < p.w; j += kLanes) {
-      float* to = columns ? line : image + j;
-      const int64_t step = columns ? kLanes : row_floats(p);
-      for (int64_t i = 0; i < rows; i += kLanes) {
-        for (int e = 0; e < kLanes; ++e) v[e] = j + e < p.w ? load(at(z, i / kLanes, j + e)) : f32{};
-        transpose(v);
-        for (int r = 0; r < least(kLanes, rows - i); ++r) store(to + (i + r) * step, v[r]);
-      }
-      if (columns) {
-        store(line, load(line) * kFirst);
-        back(p.along_h, 0, line, kLanes, image + j, row_floats(p), work);
-      }
-    }
-  }
-
-  // y = scale rows + sigma noise
-  void write(float scale, const T* noise, float sigma, T* y) const {
-    for (int64_t i = 0; i < rows; ++i)
-      for_vectors(p.w, [&](int64_t j, const auto& get, const auto& put, int) {
-        const f32 result = load(row(i) + j) * scale;
-        put(y + i * p.w + j, noise ? result + get(noise + i * p.w + j) * sigma : result);
       });
+      two(p.along_h, 0, a, kLanes, to, kLanes, work);
+    }
+    store(to, load(to) * kFirst);
+    for (int64_t i = p.h; i < padded(p.h); ++i) store(to + i * kLanes, f32{});
+  }
+
+  void leave(int64_t s) const {
+    float* from = strip(image, s);
+    T* y = output() + s * kLanes;
+    store(from, load(from) * kFirst);
+    const T* noise = p.kind == Kind::separable ? input(p.noise) : nullptr;
+    if (near(s) && !noise) return back(p.along_h, 0, from, kLanes, reinterpret_cast<float*>(y), p.w, work);
+    back(p.along_h, 0, from, kLanes, a, kLanes, work);
+    const float sigma = noise ? p.sigma[plane / p.channels] : 0.0f;
+    for_vectors(least(kLanes, p.w - s * kLanes), [&](int64_t, const auto& get, const auto& put, int) {
+      if (noise)
+        for (int64_t i = 0; i < p.h; ++i) put(y + i * p.w, load(a + i * kLanes) + get(noise + s * kLanes + i * p.w) * sigma);
+      else
+        for (int64_t i = 0; i < p.h; ++i) put(y + i * p.w, load(a + i * kLanes));
+    });
+  }
+
+  // The rows of block n to lines, from x or from where columns have been transformed to.
+  void take(const T* x, float* z, int64_t n, float* line) const {
+    if (p.columns && p.kind != Kind::inverse)
+      return gather(padded(p.w), kLanes, [=, from = z + n * kLanes * kLanes](int r) { return from + r * kLanes; }, padded(p.h) * kLanes, 1.0f, line);
+    gather(p.w, rows() - n * kLanes, [=, this](int r) { return x + (n * kLanes + r) * p.w; }, kLanes, 1.0f, line);
+  }
+
+  void give(int64_t n, const float* line, float scale) const {
+    if (p.columns && p.kind != Kind::forward)
+      return scatter(padded(p.w), kLanes, line, scale, image + n * kLanes * kLanes, kLanes, padded(p.h) * kLanes);
+    scatter(p.w, rows() - n * kLanes, line, scale, output() + n * kLanes * p.w, p.w, kLanes);
+  }
+
+  void forward(const float* x, float* y) const {
+    two(p.along_w, 0, x, kLanes, y, kLanes, work);
+    store(y, load(y) * kFirst);
+  }
+  void inverse(float* x, float* y) const {
+    store(x, load(x) * kFirst);
+    back(p.along_w, 0, x, kLanes, y, kLanes, work);
+  }
+
+  // The gains of block n as lines, times norm^2.
+  const float* gains(const Gain& gain, int64_t n, float* line) const {
+    if (gain.arranged) return gain.arranged + n * kLanes * padded(p.w);
+    const float scale = norm(p) * norm(p);
+    if (p.columns) gather(p.w, p.h - n * kLanes, [=, this](int r) { return gain.data + gain.begins[plane] + (n * kLanes + r) * p.w; }, kLanes, scale, line);
+    else gather(p.w, rows() - n * kLanes, [=, this](int r) { return gain.data + gain.begins[plane * p.h + n * kLanes + r]; }, kLanes, scale, line);
+    return line;
+  }
+
+  void mix(int64_t n) const {
+    const float* gain = gains(p.gain, n, c);
+    for (int64_t j = 0; j < p.w; ++j) store(b + j * kLanes, load(b + j * kLanes) * load(gain + j * kLanes));
+    const auto add = [&](const Gain& of) {
+      const float* gain = gains(of, n, c);
+      for (int64_t j = 0; j < p.w; ++j) store(b + j * kLanes, load(b + j * kLanes) + load(a + j * kLanes) * load(gain + j * kLanes));
+    };
+    if (p.eps) {
+      take(input(p.eps), image + plane_floats(p), n, c);
+      forward(c, a);
+      add(p.gain_eps);
+    }
+    if (const T* noise = input(p.noise)) {
+      gather(p.w, rows() - n * kLanes, [=, this](int r) { return noise + (n * kLanes + r) * p.w; }, kLanes, 1.0f / norm(p), a);
+      add(p.gain_noise);
+    }
+  }
+
+  void separable(int64_t n) const {
+    const int64_t sample = plane / p.channels, i = n * kLanes;
+    const float *gain_w = p.gain_w + sample * p.w, *gain_h = p.gain_h + sample * p.h + i, base = p.base[sample];
+    const f32 scaled = (p.h - i >= kLanes ? load(gain_h) : load_n(gain_h, static_cast<int>(p.h - i))) * (norm(p) * norm(p));
+    const float scaled_base = base * (norm(p) * norm(p));
+    for (int64_t j = 0; j < p.w; ++j) store(b + j * kLanes, load(b + j * kLanes) * (scaled * gain_w[j] + scaled_base));
+  }
+
+  void block(int64_t n) const {
+    take(input(p.x), image, n, a);
+    if (p.kind == Kind::inverse) {
+      inverse(a, b);
+      return give(n, b, norm(p));
+    }
+    forward(a, b);
+    if (p.kind == Kind::forward) return give(n, b, norm(p));
+    if (p.kind == Kind::separable) separable(n);
+    else mix(n);
+    inverse(b, a);
+    give(n, a, 1.0f);
   }
 };
 
 template <class T>
-void run_typed(const Problem& p, int64_t plane, float* scratch) {
-  const int64_t first = plane * p.h * p.w;
-  const T* x = static_cast<const T*>(p.x) + first;
-  T* y = static_cast<T*>(p.y) + first;
-  float *z = scratch, *other = z + plane_floats(p), *image = z + planes(p) * plane_floats(p), *line = image + p.h * row_floats(p);
-  const Plane<T> part{p, p.columns ? p.h : least(p.h, p.rows - plane * p.h), image, line, line + longest(p) * kLanes};
-  const int64_t blocks = (part.rows + kLanes - 1) / kLanes;
-  const float norm = __builtin_sqrtf(2.0f / p.w) * (p.columns ? __builtin_sqrtf(2.0f / p.h) : 1.0f);
-  part.enter(x, z);
-  if (p.kind == Kind::forward || p.kind == Kind::inverse) {
-    for (int64_t b = 0; b < blocks; ++b)
-      if (p.kind == Kind::forward) part.forward(part.at(z, b, 0));
-      else part.inverse(part.at(z, b, 0));
-    part.leave(z, false);
-    return part.write(norm, nullptr, 0.0f, y);
-  }
-  if (p.eps) part.enter(static_cast<const T*>(p.eps) + first, other);
-  const T* noise = p.noise ? static_cast<const T*>(p.noise) + first : nullptr;
-  const int64_t sample = p.kind == Kind::separable ? plane / p.channels : 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    float *block = part.at(z, b, 0), *second = part.at(other, b, 0);
-    part.forward(block);
-    if (p.kind == Kind::separable) {
-      const float *gain_w = p.gain_w + sample * p.w, base = p.base[sample];
-      const f32 gain_h = load_up_to(p.gain_h + sample * p.h + b * kLanes, static_cast<int>(least(kLanes, p.h - b * kLanes)));
-      for (int64_t j = 0; j < p.w; ++j) store(block + j * kLanes, load(block + j * kLanes) * ((gain_h * gain_w[j] + base) * (norm * norm)));
-    } else {
-      const auto gains = [&](const Gain& gain) {
-        return [&](int64_t i) { return p.columns ? gain.data + gain.begins[plane] + i * p.w : gain.data + gain.begins[plane * p.h + i]; };
-      };
-      part.by_columns(b, gains(p.gain),
-                      [&](int64_t j, f32 gain) { store(block + j * kLanes, load(block + j * kLanes) * (gain * (norm * norm))); });
-      if (p.eps) {
-        part.forward(second);
-        part.by_columns(b, gains(p.gain_eps), [&](int64_t j, f32 gain) {
-          store(block + j * kLanes, load(block + j * kLanes) + load(second + j * kLanes) * (gain * (norm * norm)));
-        });
-      }
-      if (noise) {
-        part.by_columns(b, [&](int64_t i) { return noise + i * p.w; }, [&](int64_t j, f32 v) { store(second + j * kLanes, v * norm); });
-        part.by_columns(b, gains(p.gain_noise), [&](int64_t j, f32 gain) {
-          store(block + j * kLanes, load(block + j * kLanes) + load(second + j * kLanes) * gain);
-        });
-      }
+void run_typed(const Problem& p, int64_t plane, Phase phase, int64_t begin, int64_t end, float* image, float* scratch) {
+  const Plane<T> part(p, plane, image, scratch);
+  for (int64_t i = begin; i < end; ++i) {
+    if (phase == Phase::rows) part.block(i);
+    else if (phase == Phase::leave) part.leave(i);
+    else {
+      part.enter(part.input(p.x), image, i);
+      if (p.eps) part.enter(part.input(p.eps), image + plane_floats(p), i);
     }
-    part.inverse(block);
   }
-  part.leave(z, p.columns);
-  part.write(1.0f, p.kind == Kind::separable ? noise : nullptr, p.sigma ? p.sigma[sample] : 0.0f, y);
 }
 
-void run(const Problem& p, int64_t plane, float* scratch) {
-  typed(p.type, [&]<class T>() { run_typed<T>(p, plane, scratch); });
+void arrange(const Problem& p, const float* gain, float* arranged) {
+  for (int64_t i = 0; i < p.h; i += kLanes, gain += kLanes * p.w, arranged += kLanes * padded(p.w))
+    gather(p.w, p.h - i, [=, &p](int r) { return gain + r * p.w; }, kLanes, norm(p) * norm(p), arranged);
+}
+
+void run(const Problem& p, int64_t plane, Phase phase, int64_t begin, int64_t end, float* image, float* scratch) {
+  typed(p.type, [&]<class T>() { run_typed<T>(p, plane, phase, begin, end, image, scratch); });
 }
 
 }  // namespace
 
-const Kernels kernels{scratch, run};
+const Kernels kernels{strips, blocks, image, scratch, arrange, run};
 
 }  // namespace fastdiff::dct::FASTDIFF_ISA

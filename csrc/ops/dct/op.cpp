@@ -18,34 +18,34 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kRowsOfAnItem = 64;  // where rows alone are transformed
-// Up to this length a product with a matrix is no slower than passes over halves; a transform of type 2 is two products of half the length.
-constexpr int64_t kDense = 20;
+constexpr int64_t kPlane = 1 << 18;    // floats; a larger one is shared by the threads
 
 struct Tables {
   std::vector<float> floats;
   Axis axis;
 };
 
-bool in_registers(int64_t n) { return (n <= 32 && (n & (n - 1)) == 0) || n == 7 || n == 14 || n == 28; }
-
 // The splitting of a length with its cosines, made in double. cos(pi j / (2 n)) has period 4 n in j.
 std::shared_ptr<const Tables> make(int64_t n) {
   auto tables = std::make_shared<Tables>();
   Axis& axis = tables->axis;
-  axis = {n, n, 0, {}, nullptr, nullptr, nullptr};
-  while (axis.base % 2 == 0 && !in_registers(axis.base) && axis.base > (axis.levels ? kDense : 2 * kDense)) axis.base /= 2, ++axis.levels;
+  axis.n = axis.base = n;
+  while (axis.base % 2 == 0 && !in_registers(axis.base)) axis.base /= 2, ++axis.levels;
+  axis.small = in_registers(axis.base);
   std::vector<float>& out = tables->floats;
   const double pi = std::acos(-1.0);
   const int64_t b = axis.base, half = b / 2, rest = b - half;
-  const bool dense = !in_registers(b);
-  out.reserve(2 * n + (dense ? rest * rest + half * half + b * b : 0));
+  out.reserve(4 * n + (axis.small ? 0 : rest * rest + half * half + b * b));
   for (int l = 1; l < axis.levels; ++l) {
     const int64_t M = n >> l;
     axis.turns[l] = out.data() + out.size();
-    for (int64_t i = 0; i < M / 2; ++i) out.push_back(static_cast<float>(std::cos(pi * (2 * i + 1) / (4 * M))));
-    for (int64_t i = 0; i < M / 2; ++i) out.push_back(static_cast<float>(std::sin(pi * (2 * i + 1) / (4 * M))));
+    for (int table = 0; table < 4; ++table)
+      for (int64_t i = 0; i < M / 2; ++i) {
+        const double turn = pi * (2 * i + 1) / (4 * M), value = table % 2 ? std::sin(turn) : std::cos(turn);
+        out.push_back(static_cast<float>(table / 2 && i % 2 ? -value : value));
+      }
   }
-  if (!dense) return tables;
+  if (axis.small) return tables;
   std::vector<float> cosines(8 * b);
   for (int64_t j = 0; j < 8 * b; ++j) cosines[j] = static_cast<float>(std::cos(pi * j / (4 * b)));
   // Rows k, columns i: cos(pi times (2 i + 1) over 4 b).
@@ -99,7 +99,25 @@ struct Call {
 
   void run() const {
     const Kernels& kernels = pick_kernels();
-    for_items(p.planes, kernels.scratch(p), [&](int64_t plane, float* scratch) { kernels.run(p, plane, scratch); });
+    const int64_t image = kernels.image(p), scratch = kernels.scratch(p), strips = kernels.strips(p), blocks = kernels.blocks(p);
+    const bool enters = p.columns && p.kind != Kind::inverse, leaves = p.columns && p.kind != Kind::forward;
+    if (image <= kPlane) {
+      return for_items(p.planes, image + scratch, [&](int64_t plane, float* own) {
+        float* rest = own + image;
+        if (enters) kernels.run(p, plane, Phase::enter, 0, strips, own, rest);
+        kernels.run(p, plane, Phase::rows, 0, blocks, own, rest);
+        if (leaves) kernels.run(p, plane, Phase::leave, 0, strips, own, rest);
+      });
+    }
+    const Buffer shared = allocate(image);
+    for (int64_t plane = 0; plane < p.planes; ++plane) {
+      const auto each = [&](Phase phase, int64_t count) {
+        for_items(count, scratch, [&](int64_t i, float* own) { kernels.run(p, plane, phase, i, i + 1, shared.get(), own); });
+      };
+      if (enters) each(Phase::enter, strips);
+      each(Phase::rows, blocks);
+      if (leaves) each(Phase::leave, strips);
+    }
   }
 };
 
@@ -113,6 +131,7 @@ void dct(const Tensor& x_, int64_t dims, bool inverse, const Tensor& y) {
 struct Gains {
   std::optional<Tensor> gain;
   std::vector<int64_t> begins{0};
+  Buffer arranged;
 
   Gains(const Tensor& x, const std::optional<Tensor>& given, int64_t dims) : gain(dense(given)) {
     if (!gain) return;
@@ -128,7 +147,14 @@ struct Gains {
     }
   }
 
-  Gain view() const { return {floats(gain), begins.data()}; }
+  // One for all planes is arranged once.
+  Gain view(const Problem& p) {
+    if (!gain || !p.columns || p.planes == 1 || gain->numel() != p.h * p.w) return {floats(gain), begins.data(), nullptr};
+    const Kernels& kernels = pick_kernels();
+    arranged = allocate(kernels.image(p));
+    kernels.arrange(p, floats(gain), arranged.get());
+    return {floats(gain), begins.data(), arranged.get()};
+  }
 };
 
 void frequency_mix(const Tensor& x_, const Tensor& gain_, const std::optional<Tensor>& eps_, const std::optional<Tensor>& gain_eps_,
@@ -136,11 +162,11 @@ void frequency_mix(const Tensor& x_, const Tensor& gain_, const std::optional<Te
   if (y.numel() == 0) return;
   const Tensor x = torch::stable::contiguous(x_);
   const std::optional<Tensor> eps = dense(eps_), noise = dense(noise_);
-  const Gains gain(x, gain_, dims), gain_eps(x, gain_eps_, dims), gain_noise(x, gain_noise_, dims);
+  Gains gain(x, gain_, dims), gain_eps(x, gain_eps_, dims), gain_noise(x, gain_noise_, dims);
   Call call(x, dims, Kind::gain, y);
   Problem& p = call.p;
   p.eps = data(eps), p.noise = data(noise);
-  p.gain = gain.view(), p.gain_eps = gain_eps.view(), p.gain_noise = gain_noise.view();
+  p.gain = gain.view(p), p.gain_eps = gain_eps.view(p), p.gain_noise = gain_noise.view(p);
   call.run();
 }
 

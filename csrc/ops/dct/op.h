@@ -13,19 +13,24 @@ constexpr int kLevels = 48;
 struct Axis {
   int64_t n, base;
   int levels;
-  // Level l >= 1: for a transform of type 4 of M = n >> l elements, cos of pi (2 i + 1) / (4 M) for i < M / 2, and then sin.
+  bool small;  // the base is one of those that are computed in registers
+  // Level l: for a transform of type 4 of M = n >> l elements, M / 2 each of cos t_n, sin t_n, (-1)^n cos t_n, (-1)^n sin t_n.
   const float* turns[kLevels];
-  // At the base, unless it is 1, 2, 4, 7, 8, 14, 16, 28 or 32: the type-2 transform's matrices of sums and of
-  // differences, and the type-4 transform's.
+  // A base that is not small: the type-2 transform's matrices of sums and of differences, and the type-4 transform's.
   const float *sums, *differences, *fourth;
 };
 
+// Lengths that are computed in registers: small ones, and those that are left when longer ones are halved.
+inline bool in_registers(int64_t n) { return n <= 8 || n == 10 || n == 12 || n == 14 || n == 16; }
+
 enum class Kind { forward, inverse, gain, separable };
 
-// Contiguous planes of gains (rows, where rows alone are transformed), shared between those that begin at the same element.
+// Contiguous planes of gains (rows, where rows alone are transformed), shared between those that begin at the same element; or one
+// for all planes, arranged as blocks of columns.
 struct Gain {
   const float* data;
   const int64_t* begins;
+  const float* arranged;
 };
 
 // `planes` of h x w elements, contiguous. With columns false only rows are transformed, and the planes share h * planes >= rows of them.
@@ -43,9 +48,15 @@ struct Problem {
   const float *gain_h, *gain_w, *base, *sigma;
 };
 
+// Columns are transformed into an image, rows from there and into it again, columns out of it: in one item if the plane is small, else
+// strip by strip and block by block.
+enum class Phase { enter, rows, leave };
+
 struct Kernels {
-  int64_t (*scratch)(const Problem&);  // floats an item needs
-  void (*run)(const Problem&, int64_t plane, float* scratch);
+  // Strips of columns, and blocks of rows; floats of an image, and of what an item needs beside it.
+  int64_t (*strips)(const Problem&), (*blocks)(const Problem&), (*image)(const Problem&), (*scratch)(const Problem&);
+  void (*arrange)(const Problem&, const float* gain, float* arranged);  // padded rows x padded columns
+  void (*run)(const Problem&, int64_t plane, Phase, int64_t begin, int64_t end, float* image, float* scratch);
 };
 
 FASTDIFF_PER_ISA(Kernels, kernels)

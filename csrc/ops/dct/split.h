@@ -147,101 +147,220 @@ __attribute__((always_inline)) inline void four(f32 (&x)[M]) {
   }
 }
 
+// Elements of x lie xs floats apart, those of y ys. Stores are twice as dear as loads, so that sums, differences and rotations are made
+// where a transform in registers loads its elements, and what follows it where it stores them: no pass of their own.
+struct Plain {
+  const float* x;
+  int64_t xs;
+  f32 operator()(int64_t n) const { return load(x + n * xs); }
+};
+
+template <bool difference>
+struct Folded {
+  const float* x;
+  int64_t xs, last;
+  f32 operator()(int64_t n) const {
+    const f32 u = load(x + n * xs), v = load(x + (last - n) * xs);
+    return difference ? u - v : u + v;
+  }
+};
+
+template <bool second>
+struct Turned {
+  const float* x;
+  int64_t xs, last;
+  const float *cos, *sin;
+  f32 operator()(int64_t n) const {
+    const f32 u = load(x + n * xs), v = load(x + (last - n) * xs);
+    return second ? v * cos[n] - u * sin[n] : u * cos[n] + v * sin[n];
+  }
+};
+
+struct Stored {
+  float* y;
+  int64_t ys;
+  void operator()(int64_t k, f32 v) const { store(y + k * ys, v); }
+};
+
+// The last step of type 4, from C and V.
+struct Joined {
+  const float* first;
+  float* y;
+  int64_t ys, half;
+  void operator()(int64_t k, f32 v) const {
+    if (k == 0) {
+      store(y, load(first));
+      store(y + (2 * half - 1) * ys, -v);
+    } else {
+      const int64_t j = half - k;
+      const f32 u = load(first + j * kLanes);
+      store(y + 2 * j * ys, u + v);
+      store(y + (2 * j - 1) * ys, u - v);
+    }
+  }
+};
+
+struct Unfolded {
+  const float* sums;
+  float* y;
+  int64_t ys, last;
+  void operator()(int64_t n, f32 v) const {
+    const f32 u = load(sums + n * kLanes);
+    store(y + n * ys, u + v);
+    store(y + (last - n) * ys, u - v);
+  }
+};
+
 enum class Step { two, back, four };
 
-template <int N, Step step>
-inline void in_registers(const float* x, int64_t xs, float* y, int64_t ys) {
+template <int N, Step step, class In, class Out>
+inline void in_registers(const In& in, const Out& out) {
   f32 v[N];
 #pragma GCC unroll 32
-  for (int n = 0; n < N; ++n) v[n] = load(x + n * xs);
+  for (int n = 0; n < N; ++n) v[n] = in(n);
   if constexpr (step == Step::two) two<N>(v);
   else if constexpr (step == Step::back) back<N>(v);
   else four<N>(v);
 #pragma GCC unroll 32
-  for (int n = 0; n < N; ++n) store(y + n * ys, v[n]);
+  for (int n = 0; n < N; ++n) out(n, v[n]);
 }
 
-// True where the length is one of those that are computed in registers.
-template <Step step>
-bool small(int64_t n, const float* x, int64_t xs, float* y, int64_t ys) {
+// A base in registers: any of these as a whole length, one of more than 8 below another level.
+template <Step step, class In, class Out>
+__attribute__((noinline)) void half(int64_t n, In in, Out out) {
   switch (n) {
-    case 1: in_registers<1, step>(x, xs, y, ys); return true;
-    case 2: in_registers<2, step>(x, xs, y, ys); return true;
-    case 4: in_registers<4, step>(x, xs, y, ys); return true;
-    case 8: in_registers<8, step>(x, xs, y, ys); return true;
-    case 7: in_registers<7, step>(x, xs, y, ys); return true;
-    case 14: in_registers<14, step>(x, xs, y, ys); return true;
-    case 28: in_registers<28, step>(x, xs, y, ys); return true;
-    case 16: in_registers<16, step>(x, xs, y, ys); return true;
-    case 32: in_registers<32, step>(x, xs, y, ys); return true;
+    case 10: return in_registers<10, step>(in, out);
+    case 12: return in_registers<12, step>(in, out);
+    case 14: return in_registers<14, step>(in, out);
+    case 16: return in_registers<16, step>(in, out);
   }
-  return false;
 }
 
-// Elements of x lie xs floats apart, those of y ys; y may be x. work: 2 n vectors for a transform of n.
+template <Step step>
+__attribute__((noinline)) void whole(int64_t n, Plain in, Stored out) {
+  switch (n) {
+    case 1: return in_registers<1, step>(in, out);
+    case 2: return in_registers<2, step>(in, out);
+    case 3: return in_registers<3, step>(in, out);
+    case 4: return in_registers<4, step>(in, out);
+    case 5: return in_registers<5, step>(in, out);
+    case 6: return in_registers<6, step>(in, out);
+    case 7: return in_registers<7, step>(in, out);
+    case 8: return in_registers<8, step>(in, out);
+    default: return half<step>(n, in, out);
+  }
+}
+
+// Transforms of a.n >> level elements, from x to y, which do not overlap. work: 2 vectors for each element.
 inline void four(const Axis& a, int level, const float* x, int64_t xs, float* y, int64_t ys, float* work);
 
 inline void two(const Axis& a, int level, const float* x, int64_t xs, float* y, int64_t ys, float* work) {
   const int64_t N = a.n >> level, h = N / 2, c = N - h;
-  if (level == a.levels && small<Step::two>(N, x, xs, y, ys)) return;
-  float *s = work, *d = work + c * kLanes, *rest = work + N * kLanes;
-  for (int64_t n = 0; n < h; ++n) {
-    const f32 u = load(x + n * xs), v = load(x + (N - 1 - n) * xs);
-    store(s + n * kLanes, u + v);
-    store(d + n * kLanes, u - v);
-  }
-  if (c > h) store(s + h * kLanes, load(x + h * xs));
-  if (level < a.levels) {
-    two(a, level + 1, s, kLanes, y, 2 * ys, rest);
-    four(a, level + 1, d, kLanes, y + ys, 2 * ys, rest);
-  } else {
+  if (level == a.levels) {
+    if (a.small) return whole<Step::two>(N, Plain{x, xs}, Stored{y, ys});
+    float *s = work, *d = work + c * kLanes;
+    for (int64_t n = 0; n < h; ++n) {
+      const f32 u = load(x + n * xs), v = load(x + (N - 1 - n) * xs);
+      store(s + n * kLanes, u + v);
+      store(d + n * kLanes, u - v);
+    }
+    store(s + h * kLanes, load(x + h * xs));
     gemm<A::rows, false>(c, kLanes, c, a.sums, c, {s, kLanes}, y, 2 * ys);
     gemm<A::rows, false>(h, kLanes, h, a.differences, h, {d, kLanes}, y + ys, 2 * ys);
+  } else if (level + 1 == a.levels && a.small) {
+    half<Step::two>(h, Folded<false>{x, xs, N - 1}, Stored{y, 2 * ys});
+    half<Step::four>(h, Folded<true>{x, xs, N - 1}, Stored{y + ys, 2 * ys});
+  } else if (level + 1 == a.levels) {
+    float *s = work, *d = s + h * kLanes, *rest = d + h * kLanes;
+    for (int64_t n = 0; n < h; ++n) {
+      const f32 u = load(x + n * xs), v = load(x + (N - 1 - n) * xs);
+      store(s + n * kLanes, u + v);
+      store(d + n * kLanes, u - v);
+    }
+    two(a, level + 1, s, kLanes, y, 2 * ys, rest);
+    four(a, level + 1, d, kLanes, y + ys, 2 * ys, rest);
+  } else {  // two levels in one pass
+    const int64_t q = h / 2;
+    float *d = work, *s = d + h * kLanes, *sd = s + q * kLanes, *rest = sd + q * kLanes;
+    for (int64_t n = 0; n < q; ++n) {
+      const f32 x0 = load(x + n * xs), x1 = load(x + (h - 1 - n) * xs), x2 = load(x + (h + n) * xs), x3 = load(x + (N - 1 - n) * xs);
+      const f32 s0 = x0 + x3, s1 = x1 + x2;
+      store(d + n * kLanes, x0 - x3);
+      store(d + (h - 1 - n) * kLanes, x1 - x2);
+      store(s + n * kLanes, s0 + s1);
+      store(sd + n * kLanes, s0 - s1);
+    }
+    two(a, level + 2, s, kLanes, y, 4 * ys, rest);
+    four(a, level + 2, sd, kLanes, y + 2 * ys, 4 * ys, rest);
+    four(a, level + 1, d, kLanes, y + ys, 2 * ys, s);
   }
 }
 
 inline void back(const Axis& a, int level, const float* x, int64_t xs, float* y, int64_t ys, float* work) {
   const int64_t N = a.n >> level, h = N / 2, c = N - h;
-  if (level == a.levels && small<Step::back>(N, x, xs, y, ys)) return;
-  float *s = work, *d = work + c * kLanes, *rest = work + N * kLanes;
-  if (level < a.levels) {
-    back(a, level + 1, x, 2 * xs, s, kLanes, rest);
-    four(a, level + 1, x + xs, 2 * xs, d, kLanes, rest);
-  } else {
+  if (level == a.levels) {
+    if (a.small) return whole<Step::back>(N, Plain{x, xs}, Stored{y, ys});
+    float *s = work, *d = work + c * kLanes;
     gemm<A::columns, false>(c, kLanes, c, a.sums, c, {x, 2 * xs}, s, kLanes);
     gemm<A::columns, false>(h, kLanes, h, a.differences, h, {x + xs, 2 * xs}, d, kLanes);
+    for (int64_t n = 0; n < h; ++n) {
+      const f32 u = load(s + n * kLanes), v = load(d + n * kLanes);
+      store(y + n * ys, u + v);
+      store(y + (N - 1 - n) * ys, u - v);
+    }
+    store(y + h * ys, load(s + h * kLanes));
+  } else if (level + 1 == a.levels && a.small) {
+    half<Step::back>(h, Plain{x, 2 * xs}, Stored{work, kLanes});
+    half<Step::four>(h, Plain{x + xs, 2 * xs}, Unfolded{work, y, ys, N - 1});
+  } else if (level + 1 == a.levels) {
+    float *s = work, *d = s + h * kLanes, *rest = d + h * kLanes;
+    back(a, level + 1, x, 2 * xs, s, kLanes, rest);
+    four(a, level + 1, x + xs, 2 * xs, d, kLanes, rest);
+    for (int64_t n = 0; n < h; ++n) {
+      const f32 u = load(s + n * kLanes), v = load(d + n * kLanes);
+      store(y + n * ys, u + v);
+      store(y + (N - 1 - n) * ys, u - v);
+    }
+  } else {
+    const int64_t q = h / 2;
+    float *d = work, *s = d + h * kLanes, *sd = s + q * kLanes, *rest = sd + q * kLanes;
+    four(a, level + 1, x + xs, 2 * xs, d, kLanes, s);
+    four(a, level + 2, x + 2 * xs, 4 * xs, sd, kLanes, rest);
+    back(a, level + 2, x, 4 * xs, s, kLanes, rest);
+    for (int64_t n = 0; n < q; ++n) {
+      const f32 u = load(s + n * kLanes), v = load(sd + n * kLanes), s0 = u + v, s1 = u - v;
+      const f32 d0 = load(d + n * kLanes), d1 = load(d + (h - 1 - n) * kLanes);
+      store(y + n * ys, s0 + d0);
+      store(y + (h - 1 - n) * ys, s1 + d1);
+      store(y + (h + n) * ys, s1 - d1);
+      store(y + (N - 1 - n) * ys, s0 - d0);
+    }
   }
-  for (int64_t n = 0; n < h; ++n) {
-    const f32 u = load(s + n * kLanes), v = load(d + n * kLanes);
-    store(y + n * ys, u + v);
-    store(y + (N - 1 - n) * ys, u - v);
-  }
-  if (c > h) store(y + h * ys, load(s + h * kLanes));
 }
 
 inline void four(const Axis& a, int level, const float* x, int64_t xs, float* y, int64_t ys, float* work) {
   const int64_t M = a.n >> level, h = M / 2;
   if (level == a.levels) {
-    if (!small<Step::four>(M, x, xs, y, ys)) gemm<A::rows, false>(M, kLanes, M, a.fourth, M, {x, xs}, y, ys);
+    if (a.small) half<Step::four>(M, Plain{x, xs}, Stored{y, ys});
+    else gemm<A::rows, false>(M, kLanes, M, a.fourth, M, {x, xs}, y, ys);
     return;
   }
-  const float *cos = a.turns[level], *sin = cos + h;
-  float *c = work, *v = work + h * kLanes, *rest = work + M * kLanes;
+  const float* turns = a.turns[level];
+  const Turned<false> first{x, xs, M - 1, turns, turns + h};
+  const Turned<true> second{x, xs, M - 1, turns + 2 * h, turns + 3 * h};
+  float *c = work, *v = c + h * kLanes, *done = v + h * kLanes, *rest = done + h * kLanes;
+  const Joined join{done, y, ys, h};
+  if (level + 1 == a.levels && a.small) {
+    half<Step::two>(h, first, Stored{done, kLanes});
+    return half<Step::two>(h, second, join);
+  }
   for (int64_t n = 0; n < h; ++n) {
-    const f32 u = load(x + n * xs), w = load(x + (M - 1 - n) * xs);
-    const f32 turned = w * cos[n] - u * sin[n];
-    store(c + n * kLanes, u * cos[n] + w * sin[n]);
-    store(v + n * kLanes, n % 2 ? -turned : turned);
+    store(c + n * kLanes, first(n));
+    store(v + n * kLanes, second(n));
   }
-  two(a, level + 1, c, kLanes, c, kLanes, rest);
-  two(a, level + 1, v, kLanes, v, kLanes, rest);
-  store(y, load(c));
-  store(y + (M - 1) * ys, -load(v));
-  for (int64_t j = 1; j < h; ++j) {
-    const f32 u = load(c + j * kLanes), w = load(v + (h - j) * kLanes);
-    store(y + 2 * j * ys, u + w);
-    store(y + (2 * j - 1) * ys, u - w);
-  }
+  two(a, level + 1, c, kLanes, done, kLanes, rest);
+  two(a, level + 1, v, kLanes, c, kLanes, rest);
+  for (int64_t k = 0; k < h; ++k) join(k, load(c + k * kLanes));
 }
 
 }  // namespace fastdiff::dct::FASTDIFF_ISA
