@@ -35,7 +35,7 @@ def test_example_kinds(perceiver):
 
 
 def test_errors_are_each_module_on_the_same_input(perceiver_pytorch, monkeypatch):
-    from fastdiff.accelerate import rules
+    from fastdiff.accelerate.rules import perceiver_pytorch as rules
 
     model = perceiver_pytorch.PerceiverIO(depth=2, dim=16, queries_dim=20, logits_dim=5, num_latents=12, latent_dim=24, latent_heads=3,
                                           latent_dim_head=8, cross_dim_head=16)
@@ -50,7 +50,7 @@ def test_errors_are_each_module_on_the_same_input(perceiver_pytorch, monkeypatch
 
 def test_a_module_that_holds_others(perceiver, monkeypatch):
     """The read of the whole model is compared too, though it does not call the layers it holds."""
-    from fastdiff.accelerate import rules
+    from fastdiff.accelerate.rules import perceiver_pytorch as rules
 
     model, (x,) = perceiver
     read = rules.fourier_cross_attend
