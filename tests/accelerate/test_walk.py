@@ -28,7 +28,7 @@ def test_keeps_everything_but_the_class(case):
     victims = [m for m in modules if type(m).__name__ in ("Attend", "Attention")]
     victims[0].register_forward_hook(lambda *_: calls.append(1))
     report = fastdiff.accelerate(model, show=False)
-    assert report.replaced and report.error is None
+    assert report.replaced and report.error_forward is None
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
     assert all(isinstance(m, c) for m, c in zip(modules, classes, strict=True)), "isinstance still holds"
     assert all(m.training for m in modules)
@@ -83,7 +83,7 @@ def test_nothing_to_replace(capsys):
     before = [type(m) for m in model.modules()]
     report = fastdiff.accelerate(model, torch.randn(5, 3))
     assert [type(m) for m in model.modules()] == before
-    assert not report.replaced and report.error == 0.0
+    assert not report.replaced and report.error_forward == 0.0
     assert [(row.name, row.kind, row.reason) for row in report.kept] == [
         ("2 modules", "torch.nn.modules.linear.Linear", "no rule"), ("1 module", "torch.nn.modules.activation.ReLU", "no rule")]
     assert "Nothing was replaced" in capsys.readouterr().out
