@@ -62,6 +62,11 @@ class _Level(fx.Tracer):
     def is_leaf_module(self, m, name):
         return True
 
+    def create_arg(self, a):
+        if isinstance(a, torch.Tensor) and not any(a is t for t in (*self.root.parameters(), *self.root.buffers())):
+            raise ValueError("its forward makes a tensor that depends on no input")  # the tracer would keep it, in the module
+        return super().create_arg(a)
+
 
 def _sole_user(node):
     return next(iter(node.users)) if len(node.users) == 1 else None
