@@ -74,8 +74,11 @@ class Report(Figures):
         parts = [self._replaced() if self.replaced else Text("Nothing was replaced: the model is as it was.")]
         if self.kept:
             table = Table("left alone", "class", "why", title_justify="left")
+            alike = {}
             for row in self.kept:
-                table.add_row(row.name, row.kind, row.reason)
+                alike.setdefault((row.kind, row.reason), []).append(row.name)
+            for (kind, reason), names in alike.items():
+                table.add_row(names[0] + f" and {len(names) - 1} more" * (len(names) > 1), kind, reason)
             parts.append(table)
         if self.share_dense is not None:
             most = f"at most {1 / self.share_dense:.2f} times" if self.share_dense > 0.005 else "any number of times"
