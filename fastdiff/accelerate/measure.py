@@ -115,10 +115,11 @@ def measure(report, model, swaps, example):
 
     with _steady(model):
         run(1)
+        sizes = {}
         for group in groups():
             with ExitStack() as hooks:
                 for row, swap in group:
-                    hooks.enter_context(_compared(row, *swap))
+                    hooks.enter_context(_compared(row, *swap, sizes))
                 run(1)
         reasons = {}
         for group in groups():
@@ -133,10 +134,10 @@ def measure(report, model, swaps, example):
                         run(which)
                         sums[which - 1].append([sum(timer) for timer in timers])
             alike = {}
-            for (row, swap), before, after, timer in zip(group, *(list(zip(*s[1:], strict=True)) for s in sums), timers, strict=True):
+            for (row, _), before, after, timer in zip(group, *(list(zip(*s[1:], strict=True)) for s in sums), timers, strict=True):
                 if timer:
                     row.time_before, row.time_after = median(before), median(after)
-                    alike.setdefault((row.kind, *(p.shape for p in swap[0].parameters())), []).append((row, before, after))
+                    alike.setdefault((row.kind, sizes.get(id(row))), []).append((row, before, after))
             for rows in alike.values():  # modules of one class and size are judged together: one by one, noise would decide
                 before, after = ([sum(run) for run in zip(*(row[i] for row in rows), strict=True)] for i in (1, 2))
                 if not_faster(before, after):
@@ -211,8 +212,9 @@ def _profiled(run, modules, cuda):
 
 
 @contextmanager
-def _compared(row, module, plain, fast):
-    """Within, each call of the plain module also runs the replacement on the same input and notes the largest errors in `row`."""
+def _compared(row, module, plain, fast, sizes):
+    """Within, each call of the plain module also runs the replacement on the same input and notes the largest errors in `row`, and
+    in `sizes` the shapes of its inputs and parameters."""
 
     def call(kind):
         def forward(*arguments, **keywords):
@@ -227,6 +229,7 @@ def _compared(row, module, plain, fast):
                       _backward_error(call(plain), call(fast), m, arguments, keywords))
         finally:
             m.__class__ = plain
+        sizes[id(row)] = tuple(t.shape for t in (*tree_leaves((arguments, keywords)), *m.parameters()) if isinstance(t, torch.Tensor))
         row.error_forward = max(row.error_forward or 0.0, errors[0])
         if errors[1] is not None:
             row.error_backward = max(row.error_backward or 0.0, errors[1])
