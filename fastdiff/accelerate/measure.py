@@ -151,14 +151,13 @@ def measure(report, model, swaps, example):
         times = [(run(1)[1], run(2)[1]) for _ in range(RUNS)]
         report.time_before, report.time_after = map(median, zip(*times, strict=True))
         for which, field in ((1, "memory_before"), (2, "memory_after")):
-            for group in groups() or [[]]:
-                peaks, whole, dense = _profiled(lambda which=which: run(which), [swap[0] for _, swap in group], cuda)
+            _, whole, dense = _profiled(lambda which=which: run(which), [], cuda)  # hooks can change what a model runs
+            setattr(report, field, whole)
+            report.share_dense = dense if which == 1 else report.share_dense
+            for group in groups():
+                peaks, *_ = _profiled(lambda which=which: run(which), [swap[0] for _, swap in group], cuda)
                 for (row, _), peak in zip(group, peaks, strict=True):
                     setattr(row, field, peak)
-                # hooks on held modules would change what their holders do: the whole is of the outermost
-                if getattr(report, field) is None:
-                    setattr(report, field, whole)
-                    report.share_dense = dense if which == 1 else report.share_dense
     side(2)
 
 
