@@ -8,6 +8,7 @@ COMMANDS = {
     "info": ("fastdiff.info:main", "versions, processor, GPU, native libraries and what to do about missing ones", None),
     "bench": ("fastdiff.bench.suite:main", "time the ops against other libraries, side by side", "bench"),
     "verify": ("fastdiff.testing.verify:main", "compare every op with its reference on random examples", "test"),
+    "doctor": ("fastdiff.doctor:main", "what accelerate would do for a model, measured, and what nothing can", None),
     "demo": ("fastdiff.demo:main", "public models on a real photograph, plain and accelerated", "demo"),
 }
 HELP = "usage: python -m fastdiff COMMAND [OPTION ...]\n\n" + "".join(f"  {name:8} {text}\n" for name, (_, text, _) in COMMANDS.items()) + (

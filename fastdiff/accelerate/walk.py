@@ -6,19 +6,21 @@ import torch
 
 from .measure import measure
 from .report import Kept, Report, Swapped
-from .rules import Replaced, replacement, rule_of
+from .rules import Replaced, own_class, plain_class, replacement, rule_of, traced
 
 
-def _reason(m):
-    """(reason to leave module m, rule): (None, rule) when it can be replaced, (None, None) when no rule has a word on it."""
+def _choice(m):
+    """(reason to leave module m, its new class, note): a reason or a class, or neither when there is nothing to say on it."""
     if isinstance(m, Replaced):
-        return "already replaced", None
-    rule = next((r for r in map(rule_of, type(m).__mro__) if r), None)
+        return "already replaced", None, None
+    cls = own_class(type(m))
+    rule = next((r for r in map(rule_of, cls.__mro__) if r), None)
     if rule is None or not rule.about(m):
-        return None, None
-    if rule is not rule_of(type(m)):
-        return f"a subclass of {rule.kind}: it may compute something else", None
-    return rule.why_not(m), rule
+        return *traced.look(m), None
+    if rule is not rule_of(cls):
+        return f"a subclass of {rule.kind}: it may compute something else", None, None
+    why = rule.why_not(m)
+    return (why, None, None) if why else (None, replacement(rule, type(m)), rule.note(m))
 
 
 def accelerate(model, example=None, *, show=True):
@@ -27,10 +29,11 @@ def accelerate(model, example=None, *, show=True):
     Modules stay the same objects with the same parameters, buffers, hooks and mode; only their class changes, to a subclass whose forward
     runs `fastdiff.ops`. `restore` undoes it; copies and pickles stay accelerated.
 
-    example  a tensor, a tuple of positional or a dict of keyword inputs: the model runs on it before and after, in eval mode without
-             gradients, and the report has errors and times. When that raises, the model is left as it was
+    example  a tensor, a tuple of positional or a dict of keyword inputs: the model runs on it before and after, in eval mode, and the
+             report has errors, times and memory; modules that are not faster on it are left alone. When it raises, so is the model
     show     whether to print the report
-    Returns  Report: replaced, kept (with reasons) and, with an example, error, relative, time_before, time_after
+    Returns  Report: replaced, kept (with reasons) and, with an example, per module and in all error_forward, error_backward,
+             time_before, time_after, memory_before, memory_after, and share_dense
     Raises   TypeError when model is not a torch.nn.Module or example is of another kind
     """
     if not isinstance(model, torch.nn.Module):
@@ -39,13 +42,13 @@ def accelerate(model, example=None, *, show=True):
         raise TypeError(f"accelerate: example wants a tensor, a tuple or a dict of inputs, got {type(example).__name__}")
     report, swaps, rest = Report(), [], Counter()
     for name, m in model.named_modules():
-        why, rule = _reason(m)
+        why, fast, note = _choice(m)
         name, kind = name or "(the model)", f"{type(m).__module__}.{type(m).__qualname__}"
         if why:
             report.kept.append(Kept(name, kind, why))
-        elif rule:
-            report.replaced.append(Swapped(name, kind, rule.note(m)))
-            swaps.append((m, type(m), replacement(type(m))))
+        elif fast:
+            report.replaced.append(Swapped(name, kind, note))
+            swaps.append((m, type(m), fast))
         elif next(m.children(), None) is None and not isinstance(m, torch.nn.ModuleList | torch.nn.ModuleDict):
             rest[kind] += 1
     report.kept += [Kept(f"{count} module{'s' * (count > 1)}", kind, "no rule") for kind, count in rest.most_common()]
@@ -68,6 +71,6 @@ def restore(model):
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"restore: model wants a torch.nn.Module, got {type(model).__name__}")
     for m in model.modules():
-        if Replaced in type(m).__bases__:
-            m.__class__ = type(m).__bases__[0]
+        if isinstance(m, Replaced):
+            m.__class__ = plain_class(type(m))
     return model

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import fastdiff
 
@@ -28,7 +29,7 @@ def test_keeps_everything_but_the_class(case):
     victims = [m for m in modules if type(m).__name__ in ("Attend", "Attention")]
     victims[0].register_forward_hook(lambda *_: calls.append(1))
     report = fastdiff.accelerate(model, show=False)
-    assert report.replaced and report.error is None
+    assert report.replaced and report.error_forward is None
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
     assert all(isinstance(m, c) for m, c in zip(modules, classes, strict=True)), "isinstance still holds"
     assert all(m.training for m in modules)
@@ -83,7 +84,7 @@ def test_nothing_to_replace(capsys):
     before = [type(m) for m in model.modules()]
     report = fastdiff.accelerate(model, torch.randn(5, 3))
     assert [type(m) for m in model.modules()] == before
-    assert not report.replaced and report.error == 0.0
+    assert not report.replaced and report.error_forward == 0.0
     assert [(row.name, row.kind, row.reason) for row in report.kept] == [
         ("2 modules", "torch.nn.modules.linear.Linear", "no rule"), ("1 module", "torch.nn.modules.activation.ReLU", "no rule")]
     assert "Nothing was replaced" in capsys.readouterr().out
@@ -112,3 +113,79 @@ def test_a_failing_example_leaves_the_model(perceiver):
         fastdiff.accelerate(model, torch.randn(2, 9, 10, 5))
     assert [type(m) for m in model.modules()] == classes
     assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+class Unseen(torch.nn.Module):
+    """What the generic rules know: a norm before SiLU, and attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = torch.nn.Sequential(torch.nn.GroupNorm(2, 8), torch.nn.SiLU(), torch.nn.Conv1d(8, 8, 1))
+        self.attend = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        y = self.block(x).transpose(1, 2)
+        return self.attend(y, y, y, need_weights=False)[0]
+
+
+@pytest.fixture(params=["rin", "perceiver", "unseen"])
+def any_case(request):
+    return (Unseen().eval(), (torch.randn(3, 8, 9),)) if request.param == "unseen" else request.getfixturevalue(request.param)
+
+
+def traces(model):
+    """What may be left behind: classes, attributes, hooks, modes."""
+    return [(type(m), dict(vars(m)), {n: dict(v) for n, v in vars(m).items() if isinstance(v, dict)}) for m in model.modules()]
+
+
+def test_restore_leaves_nothing(any_case):
+    model, inputs = any_case
+    before, state, plain = traces(model), {k: v.clone() for k, v in model.state_dict().items()}, model(*inputs)
+    report = fastdiff.accelerate(model, inputs, show=False)
+    assert report.replaced and report.error_forward < 1e-5 and report.error_backward < 1e-4
+    changed = [m for m in model.modules() if type(m).__mro__[1] is not torch.nn.Module]
+    assert len(changed) >= len(report.replaced)
+    fastdiff.restore(model)
+    after = traces(model)
+    assert [a[0] for a in after] == [b[0] for b in before]
+    assert [[(n, id(v)) for n, v in a[1].items()] for a in after] == [[(n, id(v)) for n, v in b[1].items()] for b in before]
+    assert [{n: [*v] for n, v in a[2].items()} for a in after] == [{n: [*v] for n, v in b[2].items()} for b in before]
+    assert list(model.state_dict()) == list(state) and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters()) and torch.equal(model(*inputs), plain)
+
+
+def test_compiled_before():
+    """torch.compile sees the classes change, both ways."""
+    model, x = Unseen().eval(), torch.randn(3, 8, 9)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    plain = compiled(x)
+    assert fastdiff.accelerate(compiled, show=False).replaced
+    torch.testing.assert_close(compiled(x), plain, rtol=1e-4, atol=1e-5)
+    assert torch.equal(compiled(x), model(x))
+    fastdiff.restore(compiled)
+    assert torch.equal(compiled(x), plain)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_training_with_checkpoints(any_case, reentrant):
+    model, inputs = any_case
+    inputs = [x.requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(model.train()(*inputs).square().sum(), [*model.parameters()], allow_unused=True)
+    fastdiff.accelerate(model, show=False)
+    checkpoint(model, *inputs, use_reentrant=reentrant).square().sum().backward()
+    for p, g in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-4)
+
+
+def test_dtype_and_device_go_along(any_case):
+    """Moved after it was accelerated, a model computes there."""
+    model, inputs = any_case
+    fastdiff.accelerate(model, show=False)
+    if isinstance(model, Unseen):
+        exact, half = copy.deepcopy(model).double()(inputs[0].double()), model.to(torch.bfloat16)(inputs[0].bfloat16())
+        assert exact.dtype == torch.float64 and half.dtype == torch.bfloat16
+        assert (half - exact).abs().max() < 0.05 * exact.abs().max()
+    meta = copy.deepcopy(model).to("meta")
+    assert meta(*(x.to("meta", p.dtype) for x, p in zip(inputs, [next(model.parameters())] * 2, strict=False))).device.type == "meta"

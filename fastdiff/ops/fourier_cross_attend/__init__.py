@@ -61,7 +61,8 @@ def _save(ctx, args, outs):
 
 
 def _backward(ctx, *douts):
-    args, outs = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    saved = ctx.saved_tensors  # once: under checkpointing a second look is refused
+    args, outs = saved[:4], saved[4:]
     if all(d is None for d in douts[:3]):
         return (None,) * 4
     douts = [torch.zeros_like(y) if d is None else d for d, y in zip(douts[:3], outs, strict=False)]

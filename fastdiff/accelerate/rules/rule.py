@@ -1,0 +1,76 @@
+"""A row of the table, and what the replacements of several packages share."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rule:
+    """module, name: the class. forward(plain) -> its replacement, given the class's own forward for the calls it does not take.
+
+    options and inputs: the constructor's and forward's parameters the replacement accounts for; a version with others is left alone.
+    refuse(m): a sentence when module m is not for it, else None. note(m): a sentence about calls that stay with the original, else None.
+    leave: a sentence, for a class that is known and left alone. about(m): whether the rule has a word on module m at all.
+    """
+
+    module: str
+    name: str
+    forward: Callable | None = None
+    options: frozenset = frozenset()
+    inputs: frozenset = frozenset()
+    refuse: Callable = lambda m: None
+    note: Callable = lambda m: None
+    leave: str | None = None
+    about: Callable = lambda m: True
+
+    @property
+    def kind(self):
+        return f"{self.module}.{self.name}"
+
+    def why_not(self, m):
+        """None when module m, whose class this rule names, can be replaced; otherwise the reason."""
+        if self.leave:
+            return self.leave
+        if "forward" in vars(m):
+            return "its forward was replaced on the instance"
+        for function, known in ((type(m).__init__, self.options), (type(m).forward, self.inputs)):
+            unknown = set(inspect.signature(function).parameters) - known - {"self"}
+            if unknown:
+                return f"this version takes {', '.join(sorted(unknown))}, which the rule does not know"
+        return self.refuse(m)
+
+
+class Replaced:
+    """Marks the classes that `accelerate` gives to modules; the class they had is the first base."""
+
+    __slots__ = ()
+
+
+def hidden(q, mask):
+    """(q, bias) that give queries (B, H, M, E) the softmax of scores whose hidden places hold the dtype's lowest number.
+
+    mask (B or 1, H or 1, M or 1, N), True where a key is seen. A query that sees no key then weighs all keys alike: its q becomes 0
+    and its bias 0, so that all its scores are equal.
+    """
+    seen = mask.any(-1, keepdim=True)
+    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~(mask | ~seen), -torch.inf)
+    return q * seen, bias
+
+
+def watched(*modules):
+    """Whether modules that a replacement does not call have hooks, or a forward of their own, that it would leave out."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any("forward" in m.__dict__ or any(getattr(m, h) for h in hooks) for m in modules)
+
+
+def dropout_note(*dropouts):
+    p = max((d.p for d in dropouts), default=0)
+    return f"dropout {p:g}: the original runs in training mode" if p > 0 else None
+
+
+def own_dropout_note(m):
+    found = getattr(m, "attn_dropout", getattr(m, "dropout", None))
+    return dropout_note(*filter(None, [found]))
