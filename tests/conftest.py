@@ -54,5 +54,24 @@ def timm_patch_embed():
 
 @pytest.fixture
 def diffusers_patch_embed():
+    return _diffusers("embeddings").PatchEmbed
+
+
+def _diffusers(part):
     define_torchvision_operators()
-    return pytest.importorskip("diffusers.models.embeddings", reason="diffusers is not installed").PatchEmbed
+    return pytest.importorskip(f"diffusers.models.{part}", reason="diffusers is not installed")
+
+
+@pytest.fixture
+def diffusers_activations():
+    return _diffusers("activations")
+
+
+@pytest.fixture
+def diffusers_embeddings():
+    return _diffusers("embeddings")
+
+
+@pytest.fixture
+def diffusers_normalization():
+    return _diffusers("normalization")

@@ -6,6 +6,9 @@ import torch
 from torch import nn
 
 from ..core.check import fail
+from . import foreign
+
+_PACKAGE = "diffusers.models.embeddings"
 
 
 def sinusoid(t, dim, *, order="cos sin", last=False):
@@ -32,7 +35,7 @@ class TimestepEmbedding(nn.Module):
 
     Shapes   t (B,), any real dtype -> (B, out_dim)
     Options  width: of the hidden layer, out_dim unless given; order, last: as in `sinusoid`
-    State    mlp.0, mlp.2: nn.Linear, as DiT's TimestepEmbedder
+    State    mlp.0, mlp.2: nn.Linear, as DiT's TimestepEmbedder; mlp: as guided-diffusion's time_embed
     Source   Ho et al. 2020, appendix B; Peebles & Xie 2023, section 3.2
     """
 
@@ -48,6 +51,27 @@ class TimestepEmbedding(nn.Module):
     def extra_repr(self):
         return ", ".join([f"dim={self.dim}", *(f"{name}={value!r}" for name, value in self.options.items())])
 
+    @classmethod
+    def from_diffusers(cls, timesteps, layer):
+        """diffusers' Timesteps and the TimestepEmbedding that takes their result; weights are copied.
+
+        Raises   ValueError for other layers, other frequencies and layers with more than silu between two linear layers
+        """
+        foreign.of("from_diffusers: timesteps", timesteps, f"{_PACKAGE}.Timesteps")
+        foreign.of("from_diffusers: layer", layer, f"{_PACKAGE}.TimestepEmbedding")
+        if timesteps.downscale_freq_shift not in (0, 1) or timesteps.scale != 1:
+            fail("from_diffusers", "timesteps wants downscale_freq_shift 0 or 1 and scale 1, got "
+                                   f"{timesteps.downscale_freq_shift} and {timesteps.scale}")
+        extra = [name for name in ("cond_proj", "post_act") if getattr(layer, name) is not None]
+        if extra or not isinstance(layer.act, nn.SiLU) or layer.linear_1.bias is None:
+            fail("from_diffusers", f"layer wants two linear layers with biases and silu between them, got {layer}")
+        one, two = layer.linear_1, layer.linear_2
+        made = cls(one.in_features, two.out_features, width=one.out_features, last=timesteps.downscale_freq_shift == 1,
+                   order="cos sin" if timesteps.flip_sin_to_cos else "sin cos")
+        for mine, theirs in ((made.mlp[0], one), (made.mlp[2], two)):
+            mine.load_state_dict(theirs.state_dict())
+        return made.to(one.weight)
+
 
 class LabelEmbedding(nn.Module):
     """A row of a table per label; in training a label is replaced by the null label with the probability `dropout`.
@@ -55,7 +79,7 @@ class LabelEmbedding(nn.Module):
     Shapes   labels (B,) int64 in [0, classes], drop (B,) bool or None -> (B, dim)
     Options  dropout: above 0, the table has one row more, the null label's: `classes`. drop: the labels to replace, in any mode; drawn in
              training unless given
-    State    embedding_table: nn.Embedding, as DiT's LabelEmbedder
+    State    embedding_table: nn.Embedding, as DiT's LabelEmbedder and diffusers' LabelEmbedding; itself as guided-diffusion's label_emb
     Raises   ValueError for drop where there is no null label
     Source   Ho & Salimans 2022, section 3.2
     """
@@ -80,3 +104,14 @@ class LabelEmbedding(nn.Module):
 
     def extra_repr(self):
         return f"classes={self.classes}, dropout={self.dropout}"
+
+    @classmethod
+    def from_diffusers(cls, layer):
+        """A `diffusers.models.embeddings.LabelEmbedding`; the table is copied.
+
+        Raises   ValueError for another layer
+        """
+        foreign.of("from_diffusers: layer", layer, f"{_PACKAGE}.LabelEmbedding")
+        made = cls(layer.num_classes, layer.embedding_table.embedding_dim, layer.dropout_prob)
+        made.load_state_dict(layer.state_dict())
+        return made.to(layer.embedding_table.weight)

@@ -60,7 +60,8 @@ def copied(module, **theirs):
     return module
 
 
-def _of(name, m, *wanted):
+def of(name, m, *wanted):
+    """m, whose class must be one of those named; name: of the argument, in the refusal."""
     kind = f"{type(m).__module__}.{type(m).__qualname__}"
     if kind not in wanted:
         raise ValueError(f"{name} wants a {' or '.join(wanted)}, got a {kind}")
@@ -75,7 +76,7 @@ def _norm(m):
     return (m.weight, m.bias, m.eps) if isinstance(m, nn.LayerNorm) else None
 
 
-def _no_dropout(name, m):
+def no_dropout(name, m):
     """Dropout is what a module in eval mode does not do."""
     if m.training and m.p > 0:
         raise ValueError(f"{name} wants a layer without dropout, or in eval mode, got dropout {m.p:g} in training mode")
@@ -83,7 +84,7 @@ def _no_dropout(name, m):
 
 def rin_pytorch(name, m, residual):
     """A rin_pytorch Attention; its norms' shifts are buffers of zeros."""
-    _of(name, m, "rin_pytorch.rin_pytorch.Attention")
+    of(name, m, "rin_pytorch.rin_pytorch.Attention")
     extras = {"time conditioning": m.time_cond is not None, "qk_norm": m.qk_norm, "inverted attention": m.attend.inverted_attention}
     if found := [extra for extra, there in extras.items() if there]:
         raise ValueError(f"{name} wants plain attention, got a layer with {' and '.join(found)}")
@@ -96,13 +97,13 @@ def rin_pytorch(name, m, residual):
 def perceiver_pytorch(name, m, residual):
     """A perceiver_pytorch PreNorm of an Attention, or the Attention alone."""
     packages = ("perceiver_pytorch.perceiver_pytorch", "perceiver_pytorch.perceiver_io")
-    _of(name, m, *(f"{package}.{kind}" for package in packages for kind in ("PreNorm", "Attention")))
+    of(name, m, *(f"{package}.{kind}" for package in packages for kind in ("PreNorm", "Attention")))
     attention = getattr(m, "fn", m)
-    _of(name, attention, *(f"{package}.Attention" for package in packages))
+    of(name, attention, *(f"{package}.Attention" for package in packages))
     if getattr(attention, "queries_contribute_kv", False):
         raise ValueError(f"{name} wants keys of the source alone, got queries_contribute_kv=True")
     if hasattr(attention, "dropout"):
-        _no_dropout(name, attention.dropout)
+        no_dropout(name, attention.dropout)
     key, value = attention.to_kv.weight.chunk(2)
     return Layer(name, attention.heads, _linear(attention.to_q), (key, None), (value, None), _linear(attention.to_out),
                  _norm(getattr(m, "norm", None)), _norm(getattr(m, "norm_context", None)), residual)
@@ -113,10 +114,10 @@ _TRANSFORMERS = "transformers.models.perceiver.modeling_perceiver"
 
 def transformers(name, m):
     """transformers' PerceiverAttention, or that of a PerceiverLayer."""
-    _of(name, m, f"{_TRANSFORMERS}.PerceiverLayer", f"{_TRANSFORMERS}.PerceiverAttention")
+    of(name, m, f"{_TRANSFORMERS}.PerceiverLayer", f"{_TRANSFORMERS}.PerceiverAttention")
     attention = getattr(m, "attention", m)
     inner = attention.self
-    _no_dropout(name, inner.dropout)
+    no_dropout(name, inner.dropout)
     return Layer(name, inner.num_heads, _linear(inner.query), _linear(inner.key), _linear(inner.value), _linear(attention.output.dense),
                  _norm(inner.layernorm1), _norm(inner.layernorm2), attention.use_query_residual)
 

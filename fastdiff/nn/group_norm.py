@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..ops import group_norm_modulate
+from . import foreign
 
 
 class GroupNorm(nn.GroupNorm):
@@ -45,3 +46,16 @@ class AdaGroupNorm(GroupNorm):
 
     def extra_repr(self):
         return f"{super().extra_repr()}, additive={self.additive}"
+
+    @classmethod
+    def from_diffusers(cls, layer, *, silu=False):
+        """A `diffusers.models.normalization.AdaGroupNorm`, whose `linear` is proj; weights are copied. silu: whether one follows the layer.
+
+        Raises   ValueError for another layer, and one with an activation of its own
+        """
+        name = "from_diffusers: layer"
+        linear = foreign.of(name, layer, "diffusers.models.normalization.AdaGroupNorm").linear
+        if layer.act is not None:
+            raise ValueError(f"{name} wants a condition taken as it is, got act={layer.act}")
+        made = cls(layer.num_groups, linear.out_features // 2, linear.in_features, eps=layer.eps, affine=False, silu=silu)
+        return foreign.copied(made, proj=(linear.weight, linear.bias))

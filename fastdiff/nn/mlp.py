@@ -1,10 +1,11 @@
-"""The perceptron of a transformer layer."""
+"""The perceptron of a transformer layer, and its gated first half."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..ops import geglu
+from . import foreign
 from .linear import Linear
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "squared_relu": lambda x: F.relu(x).square(),
@@ -48,3 +49,32 @@ class MLP(nn.Module):
 
     def extra_repr(self):
         return f"activation={self.activation}, dropout={self.dropout}, residual={self.residual}"
+
+
+class GEGLU(nn.Module):
+    """a gelu(b), [a | b] = W x + bias.
+
+    Shapes   x (..., dim) -> (..., hidden)
+    Options  approximate: of gelu, "none" (exact) or "tanh"
+    State    proj: nn.Linear(dim, 2 * hidden), as diffusers' GEGLU
+    Source   Shazeer 2020
+    """
+
+    def __init__(self, dim, hidden, *, bias=True, approximate="none"):
+        super().__init__()
+        self.approximate, self.proj = approximate, nn.Linear(dim, 2 * hidden, bias)
+
+    def forward(self, x):
+        return geglu(self.proj(x), approximate=self.approximate)
+
+    def extra_repr(self):
+        return f"approximate={self.approximate!r}"
+
+    @classmethod
+    def from_diffusers(cls, layer):
+        """A `diffusers.models.activations.GEGLU`; weights are copied.
+
+        Raises   ValueError for another layer
+        """
+        proj = foreign.of("from_diffusers: layer", layer, "diffusers.models.activations.GEGLU").proj
+        return foreign.copied(cls(proj.in_features, proj.out_features // 2, bias=proj.bias is not None), proj=(proj.weight, proj.bias))

@@ -50,3 +50,26 @@ def test_refusals():
     assert made.embedding_table.weight.shape == (5, 3)
     with pytest.raises(ValueError, match="LabelEmbedding: dropout wants to be above 0 for a null label, got 0"):
         made(torch.tensor([0]), drop=torch.tensor([True]))
+
+
+@pytest.mark.parametrize(("flip", "shift"), [(True, 0), (False, 1)])
+def test_timesteps_from_diffusers(diffusers_embeddings, flip, shift):
+    timesteps, theirs = diffusers_embeddings.Timesteps(16, flip, shift), diffusers_embeddings.TimestepEmbedding(16, 24, out_dim=8)
+    ours, t = TimestepEmbedding.from_diffusers(timesteps, theirs), torch.tensor([0, 7, 999])
+    assert [*map(torch.Tensor.tolist, ours.state_dict().values())] == [*map(torch.Tensor.tolist, theirs.state_dict().values())]
+    torch.testing.assert_close(ours(t), theirs(timesteps(t)), rtol=1e-4, atol=1e-4)
+
+
+def test_refused_timesteps(diffusers_embeddings):
+    timesteps, layer = diffusers_embeddings.Timesteps(16, True, 0), diffusers_embeddings.TimestepEmbedding(16, 24)
+    with pytest.raises(ValueError, match="timesteps wants downscale_freq_shift 0 or 1 and scale 1, got 0 and 1000"):
+        TimestepEmbedding.from_diffusers(diffusers_embeddings.Timesteps(16, True, 0, scale=1000), layer)
+    with pytest.raises(ValueError, match="layer wants two linear layers with biases and silu between them"):
+        TimestepEmbedding.from_diffusers(timesteps, diffusers_embeddings.TimestepEmbedding(16, 24, act_fn="gelu"))
+
+
+def test_labels_from_diffusers(diffusers_embeddings):
+    theirs, labels = diffusers_embeddings.LabelEmbedding(5, 3, 0.1), torch.arange(6)
+    ours = LabelEmbedding.from_diffusers(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict()) and ours.dropout == 0.1
+    assert torch.equal(ours.eval()(labels), theirs.eval()(labels))

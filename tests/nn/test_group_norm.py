@@ -46,3 +46,12 @@ def test_ada_group_norm(affine, additive):
         return F.silu(F.group_norm(x, 4, made.weight, made.bias, 1e-3) * (1 + scale) + shift)
 
     agree(made, plain, torch.randn(2, 12, 5, 7), torch.randn(2, 6))
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_from_diffusers(diffusers_normalization, silu):
+    theirs = diffusers_normalization.AdaGroupNorm(6, 12, 4, eps=1e-3)
+    made = AdaGroupNorm.from_diffusers(theirs, silu=silu)
+    agree(made, lambda x, c: F.silu(theirs(x, c)) if silu else theirs(x, c), torch.randn(2, 12, 5, 7), torch.randn(2, 6))
+    with pytest.raises(ValueError, match="layer wants a condition taken as it is, got act=SiLU"):
+        AdaGroupNorm.from_diffusers(diffusers_normalization.AdaGroupNorm(6, 12, 4, act_fn="silu"))

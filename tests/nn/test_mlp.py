@@ -41,3 +41,20 @@ def test_dropout_is_for_training():
 def test_refusal():
     with pytest.raises(ValueError, match="MLP: activation wants one of 'gelu', 'gelu_tanh', 'squared_relu', 'geglu', got 'relu'"):
         nn.MLP(8, 12, activation="relu")
+
+
+@pytest.mark.parametrize(("approximate", "bias"), [("none", True), ("tanh", False)])
+def test_geglu(approximate, bias):
+    made, x = nn.GEGLU(8, 12, bias=bias, approximate=approximate), torch.randn(2, 5, 8)
+    value, gate = F.linear(x, made.proj.weight, made.proj.bias).chunk(2, -1)
+    torch.testing.assert_close(made(x), value * F.gelu(gate, approximate=approximate))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_geglu_from_diffusers(diffusers_activations, bias):
+    theirs, x = diffusers_activations.GEGLU(8, 12, bias), torch.randn(2, 5, 8)
+    ours = nn.GEGLU.from_diffusers(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x))
+    with pytest.raises(ValueError, match=r"layer wants a diffusers.models.activations.GEGLU, got a diffusers.models.activations.SwiGLU"):
+        nn.GEGLU.from_diffusers(diffusers_activations.SwiGLU(8, 12))
