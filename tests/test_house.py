@@ -22,8 +22,8 @@ ROLES = {"__init__.py", "reference.py", "triton.py", "cases.py", "NOTES.md"}
 # A kernel file that would pass 600 lines is split by pass.
 SPLIT_ROLES = ROLES | {"triton_forward.py", "triton_backward.py"}
 NATIVE_ROLES = re.compile(r"(op\.(h|cpp)|\w+\.h|((cpu|forward|backward)\.simd\.cpp)|cuda\.cu|(kernel|forward|backward)\.cuh)$")
-OPTIONAL = {"einops", "scipy", "torch_dct", "dctorch", "diffusers", "timm", "rin_pytorch", "perceiver_pytorch",
-            "transformers", "flash_attn", "liger_kernel", "xformers"}
+OPTIONAL = {"denoising_diffusion_pytorch", "einops", "scipy", "torch_dct", "dctorch", "diffusers", "timm", "rin_pytorch",
+            "perceiver_pytorch", "transformers", "flash_attn", "liger_kernel", "xformers"}
 # The demo shows public models (and mends torchvision's import for one of them): the libraries they come from are its subject.
 DEMO = PACKAGE / "demo.py"
 

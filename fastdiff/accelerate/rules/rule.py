@@ -60,6 +60,16 @@ def hidden(q, mask):
     return q * seen, bias
 
 
+def added(mask, q):
+    """The bias of `attention` that a mask of scaled_dot_product_attention is: True where a key is seen, or added to the scores."""
+    if mask is None:
+        return None
+    mask = mask[(None,) * (4 - mask.dim())]
+    if mask.dtype is torch.bool:
+        return torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    return mask.to(q.dtype)
+
+
 def watched(*modules):
     """Whether modules that a replacement does not call have hooks, or a forward of their own, that it would leave out."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
