@@ -9,6 +9,7 @@ from test_rules import Result, compared
 
 import fastdiff
 from fastdiff.accelerate.rules import diffusers as rules
+from fastdiff.accelerate.rules import rule
 
 OPS = ("attention", "gate_residual", "gate_residual_norm_modulate", "geglu", "group_norm_modulate", "layer_norm_modulate")
 
@@ -30,6 +31,7 @@ def calls(monkeypatch):
     for name in OPS:
         monkeypatch.setattr(rules, name, recorded(name, getattr(rules, name)))
     monkeypatch.setattr(rules, "_FROM", dict.fromkeys((False, True), (0, 0)))
+    monkeypatch.setattr(rule, "SCORES", dict.fromkeys((False, True), 0))
     return made
 
 
@@ -111,6 +113,16 @@ def test_cross_attention(part, calls, mask, options):
     seen = torch.rand(2, 1, 7) < 0.7
     given = {"float": dict(attention_mask=torch.where(seen, 0.0, -100.0)), "bool": dict(attention_mask=seen), None: {}}[mask]
     compared(attention, (torch.randn(2, 4, 8), torch.randn(2, 7, 6)), **given)
+    assert calls == ["attention"]
+
+
+def test_few_scores_are_left_to_pytorch(part, calls, monkeypatch):
+    monkeypatch.setattr(rule, "SCORES", {False: 2 * 2 * 4 * 5, True: 2 * 2 * 4 * 5 + 1})
+    attention, x, source = part("attention_processor").Attention(8, 6, heads=2, dim_head=5), torch.randn(2, 4, 8), torch.randn(2, 5, 6)
+    fastdiff.accelerate(attention, show=False)
+    attention(x.requires_grad_(), source)
+    assert not calls
+    attention(x.detach(), source), attention(x.detach(), source[:, 1:])
     assert calls == ["attention"]
 
 
@@ -214,7 +226,7 @@ def test_autocast(request, calls, name):
 
 
 @pytest.mark.parametrize("name", ["unet", "dit"])
-def test_compiles_whole(request, name):
+def test_compiles_whole(request, calls, name):
     model, inputs, given = request.getfixturevalue(name)
     plain = model(*inputs, **given)
     fastdiff.accelerate(model, show=False)

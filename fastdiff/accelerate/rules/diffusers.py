@@ -4,7 +4,7 @@ import torch
 
 from ...ops import attention, gate_residual, gate_residual_norm_modulate, geglu, group_norm_modulate, layer_norm_modulate
 from .patches import embeddable, embedded, flat
-from .rule import Rule, added, watched
+from .rule import Rule, added, many_scores, watched
 
 _NORMALIZATION = "diffusers.models.normalization"
 _PROCESSORS = "diffusers.models.attention_processor"
@@ -162,11 +162,14 @@ def _attention(plain):
         if x.dim() == 4:
             x = x.flatten(2).transpose(1, 2)
         B, N = (x if source is None else source).shape[:2]
+        if not many_scores(x, self.heads, N):
+            return plain(self, hidden_states, source, mask, **cross_attention_kwargs)
         if mask is not None:
             mask = self.prepare_attention_mask(mask, N, B)
             mask = mask.view(B, self.heads, -1, mask.shape[-1])
         if self.group_norm is not None:
             x = self.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        x = x.contiguous()  # once, not in each of three products
         q = self.to_q(x)
         if source is None:
             source = x

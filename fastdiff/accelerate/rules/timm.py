@@ -2,7 +2,7 @@
 
 from ...ops import attention
 from .patches import embeddable, embedded, flat
-from .rule import Rule, added, dropout_note
+from .rule import Rule, added, dropout_note, many_scores
 
 
 def _patch_embed(plain):
@@ -17,7 +17,7 @@ def _patch_embed(plain):
 def _attention(plain):
     def forward(self, x, attn_mask=None, is_causal=False):
         if ((self.training and self.attn_drop.p > 0) or x.dim() != 3 or x.device.type not in ("cpu", "cuda")
-                or (attn_mask is not None and is_causal)):
+                or (attn_mask is not None and is_causal) or not many_scores(x, self.num_heads, x.shape[1])):
             return plain(self, x, attn_mask, is_causal)
         gate = None if self.gate is None else self.gate(x).sigmoid()
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
