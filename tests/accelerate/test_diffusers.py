@@ -244,3 +244,15 @@ def test_left_alone_and_why(part):
                "nothing to gain"]
     for m, reason in zip(modules, reasons, strict=True):
         assert reason in fastdiff.accelerate(m, show=False).kept[0].reason
+
+
+def test_gradient_checkpointing(dit, calls):
+    model, inputs, given = dit
+    model.model.enable_gradient_checkpointing()
+    model(*inputs, **given).sum().backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    fastdiff.accelerate(model, show=False)
+    model(*inputs, **given).sum().backward()
+    assert calls.count("gate_residual_norm_modulate") == 4  # 2 layers, each twice
+    torch.testing.assert_close([p.grad for p in model.parameters()], plain, rtol=1e-4, atol=1e-4)
