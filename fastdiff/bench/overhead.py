@@ -37,7 +37,7 @@ def bare(function, arguments):
     args, kwargs = [], {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
-            if arguments[name] is not parameter.default:
+            if name in arguments and arguments[name] is not parameter.default:
                 kwargs[name] = arguments[name]
         else:
             args.append(arguments[name])

@@ -48,7 +48,7 @@ class Contract:
         self.outputs, self.values, self.reference, self.module, self.autocast = outputs, values, reference, module, autocast
         named = any(b.name == "reference" for b in backends)
         self.backends = backends if named else (*backends, _backend.reference(reference))
-        self._backward, self._tangents, self._entries = None, False, tuple(filter(None, map(_entry, entries)))
+        self._backward, self._tangents, self._applies, self._entries = None, False, None, tuple(filter(None, map(_entry, entries)))
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         kinds = [(i, a.name, str(a.type)) for i, a in enumerate(self.op._schema.arguments)]
@@ -125,12 +125,12 @@ class Contract:
 
     # Derivatives
 
-    def autograd(self, *, save, backward, jvp=None):
+    def autograd(self, *, save, backward, jvp=None, applies=None):
         """save(ctx, args, outs) -> tensors kept; backward(ctx, *dout) and jvp(ctx, *tangents) -> one entry per argument, per output.
 
         ctx.saved_tensors are the kept tensors, ctx.args the other arguments in place (None for tensors), ctx.wants the arguments whose
         gradient is wanted; a gradient or tangent that is absent is None. Both are written in differentiable ops. Without jvp the reference
-        stands in wherever a tangent is wanted.
+        stands in wherever a tangent is wanted, and where applies(*args) is given and false wherever any derivative is.
         """
         contract = self
 
@@ -150,7 +150,7 @@ class Contract:
             with use_backend(ctx.backend) if ctx.backend else nullcontext():
                 return None, *backward(ctx, *douts)
 
-        self._backward, self._tangents = backward, jvp is not None
+        self._backward, self._tangents, self._applies = backward, jvp is not None, applies
         self._function = type(f"{self.name}_autograd", (torch.autograd.Function,), {
             "forward": staticmethod(forward), "backward": staticmethod(_reverse),
             "jvp": staticmethod(lambda ctx, _, *tangents: jvp(ctx, *tangents))})
@@ -181,7 +181,8 @@ class Contract:
 
     def _autograd(self, keyset, *args):
         if (_C.is_grad_enabled() and _C._any_requires_grad(*args)) or forward_ad._current_level >= 0:
-            if self._backward is None or (forward_ad._current_level >= 0 and not self._tangents):
+            if (self._backward is None or (forward_ad._current_level >= 0 and not self._tangents)
+                    or (self._applies is not None and not self._applies(*args))):
                 return self._composite(args)
             if _C._are_functorch_transforms_active():
                 with enable_single_level_autograd_function():
@@ -209,6 +210,12 @@ class Contract:
     def composite(self):
         """Whether a call that wants a derivative runs the reference itself, for want of derivative rules."""
         return self._backward is None
+
+
+def constant(*tensors):
+    """Whether no derivative with respect to any of the tensors, or None, is asked for."""
+    forward = forward_ad._current_level >= 0
+    return not any(x is not None and (x.requires_grad or (forward and forward_ad.unpack_dual(x).tangent is not None)) for x in tensors)
 
 
 def into(name, outs, *args):

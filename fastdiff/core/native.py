@@ -43,8 +43,8 @@ def op(device, name):
     return None if WHY_NOT[device] else getattr(getattr(torch.ops, LIBRARIES[device]), name).default
 
 
-# glibc maps as much anew at every allocation.
-LARGE = 32 << 20
+# From the size of a huge page on (csrc/common/tensor.h).
+LARGE = 2 << 20
 _prepare = op("cpu", "prepare")
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastdiff.ops import add_noise, denoise_step, denoise_step_with_x0, guide
+from fastdiff.ops.denoise_step import GUIDE, STEP
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "bits.safetensors"
 
@@ -131,3 +132,24 @@ def test_a_trajectory_rounds_as_plain_pytorch():
         y = denoise_step(y, eps, *now, *after, clip=1.0, rederive=False)
         plain = after[0] * ((plain - now[1] * eps) / now[0]).clamp(-1, 1) + after[1] * eps
     assert (y - plain).abs().max() <= 1e-6 * plain.abs().max()
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_linear_derivatives(prediction, monkeypatch):
+    """Unclipped, a step is linear in its images: its tangent is a step of the tangents, and no derivative runs the reference."""
+    for made in (STEP, GUIDE):
+        monkeypatch.setattr(made, "reference", None)
+    x, pred, noise, *tangents = draw(6, 2, 3, 5)
+    c = [torch.tensor(v) for v in ([0.8, 0.3], [0.6, 0.9], [0.9, 0.5], [0.3, 0.2], [0.1, 0.2])]
+    step = lambda x, pred, noise: denoise_step(x, pred, *c, prediction=prediction, noise=noise)
+    _, dot = torch.func.jvp(step, (x, pred, noise), tuple(tangents))
+    assert torch.equal(dot, step(*tangents))
+    _, dot = torch.func.jvp(lambda x: step(x, pred, noise), (x,), (tangents[0],))
+    zero = torch.zeros_like(x)
+    torch.testing.assert_close(dot, step(tangents[0], zero, zero))
+    _, pull = torch.func.vjp(step, x, pred, noise)
+    for gradient, tangent, others in zip(pull(tangents[0]), tangents, range(3), strict=True):
+        alone = step(*(tangent if i == others else zero for i in range(3)))
+        torch.testing.assert_close((gradient * tangent).sum(), (tangents[0] * alone).sum(), rtol=1e-4, atol=1e-4)
+    _, dot = torch.func.jvp(lambda x, pred: guide(x, pred, 3.0), (x, pred), tuple(tangents[:2]))
+    assert torch.equal(dot, guide(*tangents[:2], 3.0))

@@ -1,7 +1,6 @@
 #include "ops/denoise_step/op.h"
 
 #include <torch/csrc/stable/library.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -22,19 +21,9 @@ using torch::stable::Tensor;
 // Pieces per thread worth waking one for, in elements.
 constexpr int64_t kGrain = 32768;
 
-// Whether a pass over `images` arrays of y's size takes more than a quarter of the last-level cache (of 32 MiB where its size is not known):
-// from there on writing past it is faster (1.2 times at 9 MB, 1.8 times at 19 MB, of 32 MB that other cores use too, on Zen 4).
-bool past_cache(const Tensor& y, int64_t images) {
-  static const int64_t cache = [] {
-    const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return (bytes > 0 ? bytes : int64_t{32} << 20) / 4;
-  }();
-  return images * y.numel() * static_cast<int64_t>(y.element_size()) > cache;
-}
-
 Shape shape_of(const Tensor& y, int images) {
   const int64_t batch = y.size(0), size = batch ? y.numel() / batch : 0;
-  return {type_of(y), batch, size, (size + kPiece - 1) / kPiece, past_cache(y, images)};
+  return {type_of(y), batch, size, (size + kPiece - 1) / kPiece, past_caches(y, images)};
 }
 
 template <class F>
@@ -164,28 +153,8 @@ bool is_per_sample(const Tensor& c, const Tensor& x) {
 }
 bool is_per_sample(const Maybe& c, const Tensor& x) { return !c || is_per_sample(*c, x); }
 
-// A tensor as x, in the memory order that a result has; nothing where x is not dense in it.
-std::optional<Tensor> like(const Tensor& x) {
-  if (!is_native_float(x) || x.dim() < 1) return std::nullopt;
-  const auto size = x.sizes(), stride = x.strides();
-  const int64_t rank = x.dim();
-  const bool rows = x.is_contiguous();
-  if (!rows && rank != 4) return std::nullopt;
-  constexpr int64_t kRank = 8;
-  if (rank > kRank) return std::nullopt;
-  int64_t step = 1, wanted[kRank];
-  for (int64_t i = 0; i < rank; ++i) {
-    const int64_t axis = rows ? rank - 1 - i : i == 0 ? 1 : i == 3 ? 0 : 4 - i;
-    if (!rows && stride[axis] != step) return std::nullopt;
-    wanted[axis] = step;
-    step *= std::max<int64_t>(size[axis], 1);
-  }
-  int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, size.data(), wanted, type, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
+// A result beside x, where x is as the kernels take it.
+Maybe like(const Tensor& x) { return is_native_float(x) && x.dim() > 0 ? empty_as(x) : std::nullopt; }
 
 Maybe add_noise_eager(const Tensor& x, const Tensor& noise, const Tensor& signal, const Tensor& sigma) {
   const Maybe y = like(x);

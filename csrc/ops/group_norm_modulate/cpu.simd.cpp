@@ -70,9 +70,9 @@ struct Channels {
   Channels(const Shape& s, const Modulation& m, const Statistics* groups, int64_t b, int64_t begin, int64_t end, float* scratch) {
     const int64_t step = stride(s), width = s.C / s.groups;
     mean = scratch, rstd = mean + step, rest = rstd + step, gain = rest + step, offset = gain + step;
-    for (int64_t c = begin; c < end; ++c) {
-      const Statistics& g = groups[b * s.groups + c / width];
-      mean[c] = g.mean, rstd[c] = g.rstd, rest[c] = g.rest * g.rstd, gain[c] = 1.0f, offset[c] = 0.0f;
+    for (int64_t first = begin; first < end; first += width) {
+      const Statistics g = groups[b * s.groups + first / width];
+      for (int64_t c = first; c < first + width; ++c) mean[c] = g.mean, rstd[c] = g.rstd, rest[c] = g.rest * g.rstd, gain[c] = 1.0f, offset[c] = 0.0f;
     }
     const auto each = [&](const Operand& x, int64_t b, const auto& f) {
       with(x, s.type, b, begin, [&](const auto* p) { for_vectors(end - begin, [&](int64_t j, const auto& get, const auto& put, int) { f(begin + j, get(p + j), get, put); }); });
@@ -183,43 +183,66 @@ void backward(const Shape& s, const Backward& a, float* sums, int64_t begin, int
   if (a.stream) stream_end();
 }
 
-// Channels last. Deviations of each channel are from a guess of its own, as in `moments`; a block stays in cache for another pass.
+// Channels last. Pixels taken at once: what belongs to a channel is loaded once for them.
+constexpr int kTogether = 4;
+
+// f<pixels>(p): of all pixels in [begin, end), `pixels` from p on.
+template <class F>
+void for_pixels(int64_t begin, int64_t end, const F& f) {
+  for (; begin + kTogether <= end; begin += kTogether) f.template operator()<kTogether>(begin);
+  for (; begin < end; ++begin) f.template operator()<1>(begin);
+}
+
+// Deviations are from a guess of each group's mean, as in `moments`; a block stays in cache for another pass.
 void pixel_moments(const Shape& s, const Image& x, int64_t b, int64_t begin, int64_t end, Moments* groups, float* scratch) {
   const int64_t step = stride(s), width = s.C / s.groups, fit = 4 * kBlock / s.C, least = fit < 8 ? 8 : fit;
   float *guess = scratch, *sum = guess + step, *squares = sum + step;
   for (int64_t g = 0; g < s.groups; ++g) groups[g] = {};
-  std::memset(guess, 0, step * sizeof(float));
+  const auto total_of = [&](const float* p, int64_t g) {
+    double all = 0.0;
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) all += p[c];
+    return all;
+  };
+  const auto move_guess = [&](int64_t g, float by) {
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) guess[c] += by;
+  };
   typed(s.type, [&]<class T>() {
-    const int64_t few = end - begin < 4 ? end - begin : 4;
+    // Enough of the first pixels' elements that the guess is nearly always near enough.
+    const int64_t wanted = width < 16 ? 64 / width : 4, few = end - begin < wanted ? end - begin : wanted;
+    std::memset(guess, 0, 2 * step * sizeof(float));
     for (int64_t p = begin; p < begin + few; ++p)
-      for_vectors(s.C, [&](int64_t j, const auto& get, const auto&, int) { store(guess + j, load(guess + j) + get(row<T>(x, b, p) + j) * (1.0f / few)); });
+      for_vectors(s.C, [&](int64_t j, const auto& get, const auto& put, int) { put(sum + j, get(sum + j) + get(row<T>(x, b, p) + j)); });
+    for (int64_t g = 0; g < s.groups; ++g) move_guess(g, static_cast<float>(total_of(sum, g) / (few * width)));
     for (int64_t first = begin; first < end; first += least) {
       const int64_t n = end - first < least ? end - first : least;
+      const double count = static_cast<double>(n * width);
       for (bool again = false;; again = true) {
         std::memset(sum, 0, 2 * step * sizeof(float));
-        for (int64_t p = first; p < first + n; ++p) {
-          const T* pixel = row<T>(x, b, p);
-          for_vectors(s.C, [&](int64_t j, const auto& get, const auto&, int) {
-            const f32 d = get(pixel + j) - load(guess + j);
-            store(sum + j, load(sum + j) + d);
-            store(squares + j, load(squares + j) + d * d);
+        for_pixels(first, first + n, [&]<int pixels>(int64_t p) {
+          for_vectors(s.C, [&](int64_t j, const auto& get, const auto& put, int) {
+            f32 all = get(sum + j), all_squares = get(squares + j);
+            const f32 from = get(guess + j);
+#pragma GCC unroll 4
+            for (int i = 0; i < pixels; ++i) {
+              const f32 d = get(row<T>(x, b, p + i) + j) - from;
+              all += d;
+              all_squares += d * d;
+            }
+            put(sum + j, all);
+            put(squares + j, all_squares);
           });
-        }
+        });
         bool near = true;
-        for (int64_t c = 0; c < s.C; ++c) near &= sum[c] * sum[c] <= 0.5f * squares[c] * n;
+        for (int64_t g = 0; g < s.groups; ++g) {
+          const double all = total_of(sum, g);
+          near &= all * all <= 0.5 * total_of(squares, g) * count;
+        }
         if (again || near) break;
-        for (int64_t c = 0; c < s.C; ++c) guess[c] += sum[c] / n;
+        for (int64_t g = 0; g < s.groups; ++g) move_guess(g, static_cast<float>(total_of(sum, g) / count));
       }
       for (int64_t g = 0; g < s.groups; ++g) {
-        const double count = static_cast<double>(n);
-        Moments block{count * width, 0.0, 0.0};
-        for (int64_t c = g * width; c < (g + 1) * width; ++c) block.mean += guess[c] + sum[c] / count;
-        block.mean /= width;
-        for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-          const double rest = sum[c] / count, d = guess[c] + rest - block.mean, m2 = squares[c] - rest * rest * count;
-          block.m2 += (m2 < 0.0 ? 0.0 : m2) + d * d * count;
-        }
-        join_into(groups[g], block);
+        const double all = total_of(sum, g), m2 = total_of(squares, g) - all * all / count;
+        join_into(groups[g], {count, guess[g * width] + all / count, m2 < 0.0 ? 0.0 : m2});
       }
     }
   });
@@ -236,14 +259,17 @@ void join(const Shape& s, float eps, int64_t pieces, const Moments* parts, Stati
 void pixel_forward(const Shape& s, const Forward& a, int64_t b, int64_t begin, int64_t end, float* scratch) {
   const Channels k(s, a.m, a.statistics, b, 0, s.C, scratch);
   dispatch(s, a.m, [&]<class T, bool silu>() {
-    for (int64_t p = begin; p < end; ++p) {
-      const T* x = row<T>(a.x, b, p);
+    for_pixels(begin, end, [&]<int pixels>(int64_t p) {
       T* y = static_cast<T*>(a.y) + (b * s.P + p) * s.C;
       for_vectors(s.C, [&](int64_t j, const auto& get, const auto&, int n) {
-        const f32 normal = (get(x + j) - load(k.mean + j)) * load(k.rstd + j) - load(k.rest + j);
-        store_n(y + j, activated<silu>(normal * load(k.gain + j) + load(k.offset + j)), n, a.stream);
+        const f32 mean = get(k.mean + j), rstd = get(k.rstd + j), rest = get(k.rest + j), gain = get(k.gain + j), offset = get(k.offset + j);
+#pragma GCC unroll 4
+        for (int i = 0; i < pixels; ++i) {
+          const f32 normal = (get(row<T>(a.x, b, p + i) + j) - mean) * rstd - rest;
+          store_n(y + i * s.C + j, activated<silu>(normal * gain + offset), n, a.stream);
+        }
       });
-    }
+    });
   });
   if (a.stream) stream_end();
 }
@@ -253,15 +279,21 @@ void pixel_sums(const Shape& s, const Backward& a, int64_t b, int64_t begin, int
   float *sum = sums, *sum_normal = sums + stride(s);
   std::memset(sums, 0, 2 * stride(s) * sizeof(float));
   dispatch(s, a.m, [&]<class T, bool silu>() {
-    for (int64_t p = begin; p < end; ++p) {
-      const T *x = row<T>(a.x, b, p), *dy = row<T>(a.dy, b, p);
-      for_vectors(s.C, [&](int64_t j, const auto& get, const auto&, int) {
-        const f32 normal = (get(x + j) - load(k.mean + j)) * load(k.rstd + j) - load(k.rest + j);
-        const f32 d = through<silu>(get(dy + j), normal * load(k.gain + j) + load(k.offset + j));
-        store(sum + j, load(sum + j) + d);
-        store(sum_normal + j, load(sum_normal + j) + d * normal);
+    for_pixels(begin, end, [&]<int pixels>(int64_t p) {
+      for_vectors(s.C, [&](int64_t j, const auto& get, const auto& put, int) {
+        const f32 mean = get(k.mean + j), rstd = get(k.rstd + j), rest = get(k.rest + j), gain = get(k.gain + j), offset = get(k.offset + j);
+        f32 all = {}, all_normal = {};
+#pragma GCC unroll 4
+        for (int i = 0; i < pixels; ++i) {
+          const f32 normal = (get(row<T>(a.x, b, p + i) + j) - mean) * rstd - rest;
+          const f32 d = through<silu>(get(row<T>(a.dy, b, p + i) + j), normal * gain + offset);
+          all += d;
+          all_normal += d * normal;
+        }
+        put(sum + j, get(sum + j) + all);
+        put(sum_normal + j, get(sum_normal + j) + all_normal);
       });
-    }
+    });
   });
 }
 
@@ -272,19 +304,23 @@ void pixel_backward(const Shape& s, const Backward& a, int64_t b, int64_t begin,
   for (int64_t g = 0; g < s.groups; ++g) {
     double all = 0.0, all_normal = 0.0;
     for (int64_t c = g * width; c < (g + 1) * width; ++c) all += k.gain[c] * static_cast<double>(sums[c]), all_normal += k.gain[c] * static_cast<double>(sums[step + c]);
-    for (int64_t c = g * width; c < (g + 1) * width; ++c)
-      mean_g[c] = static_cast<float>(all / (width * s.P)), mean_gn[c] = static_cast<float>(all_normal / (width * s.P));
+    const float mean = static_cast<float>(all / (width * s.P)), mean_normal = static_cast<float>(all_normal / (width * s.P));
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) mean_g[c] = mean, mean_gn[c] = mean_normal;
   }
   dispatch(s, a.m, [&]<class T, bool silu>() {
-    for (int64_t p = begin; p < end; ++p) {
-      const T *x = row<T>(a.x, b, p), *dy = row<T>(a.dy, b, p);
+    for_pixels(begin, end, [&]<int pixels>(int64_t p) {
       T* dx = static_cast<T*>(a.dx) + (b * s.P + p) * s.C;
       for_vectors(s.C, [&](int64_t j, const auto& get, const auto&, int n) {
-        const f32 rstd = load(k.rstd + j), gain = load(k.gain + j), normal = (get(x + j) - load(k.mean + j)) * rstd - load(k.rest + j);
-        const f32 d = through<silu>(get(dy + j), normal * gain + load(k.offset + j));
-        store_n(dx + j, (d * gain - load(mean_g + j) - normal * load(mean_gn + j)) * rstd, n, a.stream);
+        const f32 mean = get(k.mean + j), rstd = get(k.rstd + j), rest = get(k.rest + j), gain = get(k.gain + j), offset = get(k.offset + j);
+        const f32 g = get(mean_g + j), gn = get(mean_gn + j);
+#pragma GCC unroll 4
+        for (int i = 0; i < pixels; ++i) {
+          const f32 normal = (get(row<T>(a.x, b, p + i) + j) - mean) * rstd - rest;
+          const f32 d = through<silu>(get(row<T>(a.dy, b, p + i) + j), normal * gain + offset);
+          store_n(dx + i * s.C + j, (d * gain - g - normal * gn) * rstd, n, a.stream);
+        }
       });
-    }
+    });
   });
   if (a.stream) stream_end();
 }

@@ -20,7 +20,7 @@ using Maybe = std::optional<Tensor>;
 // Elements worth waking a thread for.
 constexpr int64_t kGrain = 16384;
 // Channels last: a sample's pieces, and the most pixels in one, over which sums are kept in float32.
-constexpr int64_t kPieces = 64, kMostPixels = 256, kLeastPixels = 16;
+constexpr int64_t kPieces = 64, kMostPixels = 256, kLeastPixels = 16, kLeastElements = 1 << 15;
 // Elements of the samples that are worked on together, so that the second pass finds them in cache.
 constexpr int64_t kWave = 1 << 19;
 
@@ -66,7 +66,7 @@ Shape shape(const Tensor& y, int64_t groups) {
   return {type_of(y), y.size(0), y.size(1), P, groups, !y.is_contiguous()};
 }
 
-bool streamed(const Shape& s, const Tensor& y) { return past_caches(y, s.last ? s.C : s.P); }
+bool streamed(const Shape& s, const Tensor& y, int64_t arrays) { return past_caches(y, arrays) && whole_lines(y, s.last ? s.C : s.P); }
 
 // f(item, scratch), on one thread where there is little to do: `elements` in all.
 template <class F>
@@ -81,7 +81,7 @@ void for_pieces(int64_t elements, int64_t items, int64_t scratch, const F& f) {
 struct Cut {
   int64_t P, per, pieces, wave;
   explicit Cut(const Shape& s)
-      : P(s.P), per(std::clamp(s.B * s.P / kPieces, kLeastPixels, kMostPixels)), pieces((s.P + per - 1) / per), wave(std::max<int64_t>(1, kWave / (s.C * s.P))) {}
+      : P(s.P), per(std::clamp(std::max(s.B * s.P / kPieces, kLeastElements / s.C), kLeastPixels, kMostPixels)), pieces((s.P + per - 1) / per), wave(std::max<int64_t>(1, kWave / (s.C * s.P))) {}
 
   // first(b, begin, end, its place, scratch) for the pieces of a wave of samples, then between(b) for each, then second as first.
   template <class F, class G, class H>
@@ -111,7 +111,7 @@ void group_norm_modulate(const Tensor& x, int64_t groups, const Maybe& weight, c
   const Shape s = shape(y, groups);
   const Tensor in = laid_out(x, s.last);
   const Maybe W = with_rows(weight), O = with_rows(bias), C = with_rows(scale), S = with_rows(shift);
-  const Forward a{image(in, s.last), {operand(W), operand(O), operand(C), operand(S), static_cast<float>(eps), silu}, stats, y.mutable_data_ptr(), streamed(s, y)};
+  const Forward a{image(in, s.last), {operand(W), operand(O), operand(C), operand(S), static_cast<float>(eps), silu}, stats, y.mutable_data_ptr(), streamed(s, y, 2)};
   const Kernels& k = pick_kernels();
   if (!s.last)
     return for_pieces(y.numel(), s.B * groups, scratch_floats(s), [&](int64_t item, float* scratch) { k.forward(s, a, item, item + 1, scratch); });
@@ -136,7 +136,7 @@ void group_norm_modulate_backward(const Tensor& dy, const Tensor& x, const Tenso
     std::fill_n(sums.get(), s.B * 2 * step, 0.0f);
   } else {
     const Tensor given = torch::stable::contiguous(statistics), in = laid_out(x, s.last), out = laid_out(dy, s.last);
-    const Backward a{image(out, s.last), image(in, s.last), m, static_cast<const Statistics*>(given.const_data_ptr()), dx.mutable_data_ptr(), streamed(s, dx)};
+    const Backward a{image(out, s.last), image(in, s.last), m, static_cast<const Statistics*>(given.const_data_ptr()), dx.mutable_data_ptr(), streamed(s, dx, 3)};
     if (!s.last) {
       for_pieces(dx.numel(), s.B * groups, scratch_floats(s), [&](int64_t item, float* scratch) { k.backward(s, a, sums.get(), item, item + 1, scratch); });
     } else {
@@ -158,6 +158,16 @@ void group_norm_modulate_backward(const Tensor& dy, const Tensor& x, const Tenso
   k.finish(s, m, sums.get(), {gradient(dweight), gradient(dbias), gradient(dscale), gradient(dshift)});
 }
 
+Maybe group_norm_modulate_eager(const Tensor& x, int64_t groups, const Maybe& weight, const Maybe& bias, const Maybe& scale, const Maybe& shift, double eps,
+                                bool silu) {
+  if (!is_native_float(x) || x.dim() < 3 || x.dim() > 5 || groups < 1 || x.size(1) % groups) return std::nullopt;
+  const int64_t B = x.size(0), C = x.size(1);
+  if (!is_beside(weight, x, {C}) || !is_beside(bias, x, {C}) || !is_beside(scale, x, {B, C}) || !is_beside(shift, x, {B, C})) return std::nullopt;
+  const Maybe y = empty_as(x);
+  if (y) group_norm_modulate(x, groups, weight, bias, scale, shift, eps, silu, *y, empty_floats<3>({B, groups, 3}));
+  return y;
+}
+
 }  // namespace
 }  // namespace fastdiff::group_norm_modulate
 
@@ -166,10 +176,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) {
       "group_norm_modulate(Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, bool silu, Tensor(a!) y, "
       "Tensor(b!) statistics) -> ()");
   m.def(
+      "group_norm_modulate_eager(Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, bool silu) -> Tensor?");
+  m.def(
       "group_norm_modulate_backward(Tensor dy, Tensor x, Tensor statistics, int groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
       "float eps, bool silu, bool[] wants, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias, Tensor(d!) dscale, Tensor(e!) dshift) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CPU, m) {
   m.impl("group_norm_modulate", TORCH_BOX(&fastdiff::group_norm_modulate::group_norm_modulate));
+  m.impl("group_norm_modulate_eager", TORCH_BOX(&fastdiff::group_norm_modulate::group_norm_modulate_eager));
   m.impl("group_norm_modulate_backward", TORCH_BOX(&fastdiff::group_norm_modulate::group_norm_modulate_backward));
 }

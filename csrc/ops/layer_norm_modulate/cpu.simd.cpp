@@ -20,6 +20,13 @@ void with(const Operand& x, int64_t b, int64_t n, const F& f) {
   else f(static_cast<const T*>(x.data) + at);
 }
 
+// f(value), value(j, load) the operand's row of a single one, or `absent` everywhere.
+template <class T, class F>
+void with_or(const Operand& x, float absent, const F& f) {
+  if (x.data) with<T>(x, 0, 0, [&](const auto* p) { f([p](int64_t j, const auto& get) { return get(p + j); }); });
+  else f([absent](int64_t, const auto&) { return splat(absent); });
+}
+
 // f(p), p the gradient in its own type.
 template <class T, class F>
 void to(const Gradient& g, const F& f) {
@@ -181,73 +188,150 @@ void forward(const Sizes& n, const Forward& a, int64_t begin, int64_t end, float
   });
 }
 
-template <class T, bool residual>
-void backward_rows(const Sizes& n, const Backward& a, int64_t b, int64_t begin, int64_t end, float* partial, float* scratch) {
-  const int64_t D = n.D, step = stride(n);
-  const Sums s = sums(a);
-  std::memset(partial, 0, s.count * step * sizeof(float));
-  const auto place = [&](int i) { return i < 0 ? nullptr : partial + i * step; };
-  float *const sum_dh = place(s.dh), *const sum_dh_normal = place(s.dh_normal), *const sum_inner = place(s.inner),
-        *const sum_inner_normal = place(s.inner_normal), *const sum_dz_y = place(s.dz_y);
-  Coefficients<T> c{a.m, D, scratch, nullptr, scratch + 2 * step, sum_inner || sum_inner_normal ? scratch + 3 * step : nullptr};
-  for (int64_t t = begin; t < end; ++t) {
-    c.update(b, t);
-    const int64_t at = (b * n.N + t) * D;
-    const T *x = row<T>(a.x, b, t), *dh = row<T>(a.dh, b, t), *dout = row<T>(a.dout, b, t), *y = row<T>(a.y, b, t);
-    T *dx = static_cast<T*>(a.dx) + at, *dy = static_cast<T*>(a.dy) + at;
-    const bool own = a.dgate.data && a.m.gate.token;
-    T* own_gate = own && !a.dgate.wide ? static_cast<T*>(a.dgate.data) + at : nullptr;
-    float* own_wide_gate = own && a.dgate.wide ? static_cast<float*>(a.dgate.data) + at : nullptr;
-    Statistics z{};
-    z.guess = first_mean(D, [&](int64_t j, const auto& get) { return get(x + j); });
-    float sum_g = 0.0f, sum_gd = 0.0f;
-    for (bool again = false;; again = true) {
-      f32 sum[4] = {}, squares[4] = {}, grads[4] = {}, products[4] = {};
-      for_chains(D, [&](int u, int64_t j, const auto& get, const auto&, int count) {
-        const f32 d = keep_n(get(x + j) - z.guess, count, 0.0f), g = get(dh + j) * get(c.gain + j);
-        sum[u] += d;
-        squares[u] += d * d;
-        grads[u] += g;
-        products[u] += g * d;
-      });
-      sum_g = reduce_add(total(grads)), sum_gd = reduce_add(total(products));
-      if (z.finish(reduce_add(total(sum)), reduce_add(total(squares)), D, a.m.eps, again)) break;
-    }
-    // Means of g and g normal, g = dh gain the gradient of normal.
-    const float mean_g = sum_g / D, mean_gn = (sum_gd / D - mean_g * z.rest) * z.rstd;
-    for_vectors(D, [&](int64_t j, const auto& get, const auto& put_all, int count) {
-      const f32 normal = ((get(x + j) - z.guess) - z.rest) * z.rstd, dhj = get(dh + j);
-      f32 dz = (dhj * get(c.gain + j) - mean_g - normal * mean_gn) * z.rstd;
-      if (dout) dz += get(dout + j);
-      store_n(dx + j, dz, count, a.stream);
-      if (sum_dh) put_all(sum_dh + j, get(sum_dh + j) + dhj);
-      if (sum_dh_normal) put_all(sum_dh_normal + j, get(sum_dh_normal + j) + dhj * normal);
-      if constexpr (residual) {
-        if (a.dy) store_n(dy + j, dz * get(c.gate + j), count, a.stream);
-        if (sum_dz_y) put_all(sum_dz_y + j, get(sum_dz_y + j) + dz * get(y + j));
-        if (own_gate) store_n(own_gate + j, dz * get(y + j), count, false);
-        else if (own_wide_gate) store_n(own_wide_gate + j, dz * get(y + j), count, false);
+
+// A sample's backward pass. `own`: scale, and gate if there is one, are a token's own and of type T, with no weight or bias; they are read in place.
+template <class T, bool residual, bool own>
+struct BackwardRows {
+  // Rows taken at once: what they share is loaded once. Nothing is where modulation is a token's own; and results stored past the caches are
+  // streams, which the processor has few buffers for.
+  static constexpr int kRows = own ? 1 : residual ? 2 : kRegisters / 8;
+
+  const Sizes& n;
+  const Backward& a;
+  const int64_t b;
+  Coefficients<T> c;
+  float *sum_dh, *sum_dh_normal, *sum_inner, *sum_inner_normal, *sum_dz_y;
+
+  BackwardRows(const Sizes& n, const Backward& a, int64_t b, float* partial, float* scratch)
+      : n(n), a(a), b(b), c{a.m, n.D, own ? nullptr : scratch, nullptr, own ? nullptr : scratch + stride(n), nullptr} {
+    const Sums s = sums(a);
+    std::memset(partial, 0, s.count * stride(n) * sizeof(float));
+    const auto place = [&](int i) { return i < 0 ? nullptr : partial + i * stride(n); };
+    sum_dh = place(s.dh), sum_dh_normal = place(s.dh_normal), sum_inner = place(s.inner), sum_inner_normal = place(s.inner_normal),
+    sum_dz_y = place(s.dz_y);
+    if (sum_inner || sum_inner_normal) c.scale = scratch + 2 * stride(n);
+  }
+
+  int64_t at(int64_t t) const { return (b * n.N + t) * n.D; }
+  const T* own_row(const Operand& x, int64_t t) const { return row<T>(Rows{x.data, x.b, x.n}, b, t); }
+
+  // The gradient of normal is g = dh gain. Sums of it and of g (x - guess), and the statistics; `again`: from a better guess.
+  template <int rows>
+  void gather(int64_t t, Statistics* z, float (*g)[2], bool again) const {
+    const T *x[rows], *dh[rows], *scale[rows];
+    f32 sum[rows] = {}, squares[rows] = {}, grads[rows] = {}, products[rows] = {};
+    for (int r = 0; r < rows; ++r) x[r] = row<T>(a.x, b, t + r), dh[r] = row<T>(a.dh, b, t + r), scale[r] = own ? own_row(a.m.scale, t + r) : nullptr;
+    for_vectors(n.D, [&](int64_t j, const auto& get, const auto&, int count) {
+      f32 gain = {};
+      if constexpr (!own) gain = get(c.gain + j);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        if constexpr (own) gain = 1.0f + get(scale[r] + j);
+        const f32 d = keep_n(get(x[r] + j) - z[r].guess, count, 0.0f), g = get(dh[r] + j) * gain;
+        sum[r] += d;
+        squares[r] += d * d;
+        grads[r] += g;
+        products[r] += g * d;
       }
-      if (sum_inner) put_all(sum_inner + j, get(sum_inner + j) + dhj * get(c.scale + j));
-      if (sum_inner_normal) put_all(sum_inner_normal + j, get(sum_inner_normal + j) + dhj * get(c.scale + j) * normal);
     });
-    if (a.dshift.data && a.m.shift.token)
-      to<T>(a.dshift, [&](auto* out) { for_vectors(D, [&](int64_t j, const auto& get, const auto& put_all, int) { put_all(out + at + j, get(dh + j)); }); });
+    for (int r = 0; r < rows; ++r) {
+      g[r][0] = reduce_add(grads[r]), g[r][1] = reduce_add(products[r]);
+      if (!z[r].finish(reduce_add(sum[r]), reduce_add(squares[r]), n.D, a.m.eps, again)) gather<1>(t + r, z + r, g + r, true);
+    }
+  }
+
+  template <int rows>
+  void block(int64_t t) const {
+    Statistics z[rows] = {};
+    float g[rows][2], mean_g[rows], mean_gn[rows], rest[rows];
+    for (int r = 0; r < rows; ++r) z[r].guess = first_mean(n.D, [&](int64_t j, const auto& get) { return get(row<T>(a.x, b, t + r) + j); });
+    gather<rows>(t, z, g, false);
+    const T *x[rows], *dh[rows], *dout[rows], *y[rows], *scale[rows], *gate[rows];
+    T *dx[rows], *dy[rows], *dscale[rows], *dgate[rows];
+    for (int r = 0; r < rows; ++r) {
+      mean_g[r] = g[r][0] / n.D, mean_gn[r] = (g[r][1] / n.D - mean_g[r] * z[r].rest) * z[r].rstd, rest[r] = z[r].rest * z[r].rstd;
+      x[r] = row<T>(a.x, b, t + r), dh[r] = row<T>(a.dh, b, t + r), dout[r] = row<T>(a.dout, b, t + r), y[r] = row<T>(a.y, b, t + r);
+      scale[r] = own ? own_row(a.m.scale, t + r) : nullptr, gate[r] = own && residual ? own_row(a.m.gate, t + r) : nullptr;
+      const auto result = [&](void* data) { return data ? static_cast<T*>(data) + at(t + r) : nullptr; };
+      dx[r] = result(a.dx), dy[r] = result(a.dy), dscale[r] = result(own ? a.dscale.data : nullptr), dgate[r] = result(own && residual ? a.dgate.data : nullptr);
+    }
+    for_vectors(n.D, [&](int64_t j, const auto& get, const auto& put_all, int count) {
+      f32 gain = {}, gates = {}, all = {}, all_normal = {}, all_products = {};
+      if constexpr (!own) gain = get(c.gain + j);
+      if constexpr (!own && residual) gates = get(c.gate + j);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        if constexpr (own) gain = 1.0f + get(scale[r] + j);
+        if constexpr (own && residual) gates = get(gate[r] + j);
+        const f32 normal = (get(x[r] + j) - z[r].guess) * z[r].rstd - rest[r], dhj = get(dh[r] + j);
+        f32 dz = (dhj * gain - mean_g[r] - normal * mean_gn[r]) * z[r].rstd;
+        if (dout[r]) dz += get(dout[r] + j);
+        store_n(dx[r] + j, dz, count, a.stream);
+        all += dhj;
+        all_normal += dhj * normal;
+        if (own && dscale[r]) store_n(dscale[r] + j, dhj * normal, count, a.stream);
+        if constexpr (residual) {
+          const f32 product = dz * get(y[r] + j);
+          all_products += product;
+          if (dy[r]) store_n(dy[r] + j, dz * gates, count, a.stream);
+          if (own && dgate[r]) store_n(dgate[r] + j, product, count, a.stream);
+        }
+      }
+      if (sum_dh) put_all(sum_dh + j, get(sum_dh + j) + all);
+      if (sum_dh_normal) put_all(sum_dh_normal + j, get(sum_dh_normal + j) + all_normal);
+      if (sum_dz_y) put_all(sum_dz_y + j, get(sum_dz_y + j) + all_products);
+    });
+    for (int r = 0; r < rows; ++r) others(t + r, z[r], mean_g[r], mean_gn[r]);
+  }
+
+  // What is left for one row: gradients of a token's own modulation unless they were written in place, and sums under a scale of its own.
+  void others(int64_t t, const Statistics& z, float mean_g, float mean_gn) const {
+    const T *x = row<T>(a.x, b, t), *dh = row<T>(a.dh, b, t), *dout = row<T>(a.dout, b, t), *y = row<T>(a.y, b, t);
+    const auto each = [&](const Gradient& gradient, const auto& value) {
+      to<T>(gradient, [&](auto* out) { for_vectors(n.D, [&](int64_t j, const auto& get, const auto& put_all, int) { put_all(out + at(t) + j, value(j, get)); }); });
+    };
+    const auto normal = [&](int64_t j, const auto& get) { return ((get(x + j) - z.guess) - z.rest) * z.rstd; };
+    if (a.dshift.data && a.m.shift.token) each(a.dshift, [&](int64_t j, const auto& get) { return get(dh + j); });
+    if constexpr (own) return;
+    if (residual && a.dgate.data && a.m.gate.token)
+      each(a.dgate, [&](int64_t j, const auto& get) {
+        const f32 dz = (get(dh + j) * get(c.gain + j) - mean_g - normal(j, get) * mean_gn) * z.rstd;
+        return (dout ? dz + get(dout + j) : dz) * get(y + j);
+      });
     if (a.dscale.data && a.m.scale.token)
-      to<T>(a.dscale, [&](auto* out) {
-        const auto store_products = [&](const auto& affine) {
-          for_vectors(D, [&](int64_t j, const auto& get, const auto& put_all, int) {
-            put_all(out + at + j, get(dh + j) * affine(((get(x + j) - z.guess) - z.rest) * z.rstd, j, get));
-          });
-        };
-        if (!a.m.weight.data && !a.m.bias.data) return store_products([](f32 normal, int64_t, const auto&) { return normal; });
-        float *weight = scratch + 4 * step, *bias = scratch + step;
-        c.fill(weight, a.m.weight, b, t, 0.0f, 1.0f);
-        c.fill(bias, a.m.bias, b, t, 0.0f, 0.0f);
-        store_products([&](f32 normal, int64_t j, const auto& get) { return normal * get(weight + j) + get(bias + j); });
+      with_or<T>(a.m.weight, 1.0f, [&](const auto& weight) {
+        with_or<T>(a.m.bias, 0.0f, [&](const auto& bias) {
+          each(a.dscale, [&](int64_t j, const auto& get) { return get(dh + j) * (normal(j, get) * weight(j, get) + bias(j, get)); });
+        });
+      });
+    if (sum_inner || sum_inner_normal)
+      for_vectors(n.D, [&](int64_t j, const auto& get, const auto& put_all, int) {
+        const f32 inner = get(dh + j) * get(c.scale + j);
+        if (sum_inner) put_all(sum_inner + j, get(sum_inner + j) + inner);
+        if (sum_inner_normal) put_all(sum_inner_normal + j, get(sum_inner_normal + j) + inner * normal(j, get));
       });
   }
-  if (a.stream) stream_end();
+
+  void run(int64_t begin, int64_t end) {
+    int64_t t = begin;
+    if (own || !a.m.token()) {
+      c.update(b, t);
+      for (; t + kRows <= end; t += kRows) block<kRows>(t);
+    }
+    for (; t < end; ++t) {
+      c.update(b, t);
+      block<1>(t);
+    }
+    if (a.stream) stream_end();
+  }
+};
+
+template <class T, bool residual>
+void backward_rows(const Sizes& n, const Backward& a, int64_t b, int64_t begin, int64_t end, float* partial, float* scratch) {
+  const auto in_place = [](const Operand& x) { return x.data && x.token && (sizeof(T) == 4 || !x.wide); };
+  const bool own = in_place(a.m.scale) && (!residual || in_place(a.m.gate)) && !a.m.weight.data && !a.m.bias.data && !a.dweight.data && !a.dbias.data;
+  if (own) BackwardRows<T, residual, true>(n, a, b, partial, scratch).run(begin, end);
+  else BackwardRows<T, residual, false>(n, a, b, partial, scratch).run(begin, end);
 }
 
 // Without a norm: dy = gate dout, and dgate.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "common/parallel.h"
@@ -44,7 +45,7 @@ void* written(const Tensor& out) {
 
 Gradient gradient(const Tensor& x) { return {written(x), x.scalar_type() == ScalarType::Float}; }
 
-bool streamed(const Tensor& out) { return past_caches(out, out.size(2)); }
+bool streamed(const Tensor& out, int64_t arrays) { return past_caches(out, arrays) && whole_lines(out, out.size(2)); }
 
 // f(item, scratch), on one thread where there is little to do.
 template <class F>
@@ -64,7 +65,7 @@ void run_forward(const Sizes& n, const Forward& a) {
 
 void run_backward(const Sizes& n, const Backward& a) {
   if (n.D == 0) return;
-  const int64_t per = std::max(n.B * n.N / kPieces, kLeastRows), pieces = std::max<int64_t>(1, (n.N + per - 1) / per);
+  const int64_t per = std::max(n.B * n.N / kPieces / 4 * 4, kLeastRows), pieces = std::max<int64_t>(1, (n.N + per - 1) / per);
   const int64_t count = sums(a).count, step = stride(n);
   const Buffer partial = allocate(n.B * pieces * count * step);
   if (n.N == 0) std::fill_n(partial.get(), n.B * count * step, 0.0f);
@@ -82,13 +83,13 @@ void run_backward(const Sizes& n, const Backward& a) {
 void layer_norm_modulate(const Tensor& x, const Maybe& shift, const Maybe& scale, const Maybe& weight, const Maybe& bias, double eps, const Tensor& h) {
   if (h.numel() == 0) return;
   const Maybe X = with_rows(x), S = with_rows(shift), C = with_rows(scale), W = with_rows(weight), O = with_rows(bias);
-  run_forward(sizes(x), {rows(X), {}, {{}, operand(S), operand(C), operand(W), operand(O), static_cast<float>(eps)}, nullptr, written(h), streamed(h)});
+  run_forward(sizes(x), {rows(X), {}, {{}, operand(S), operand(C), operand(W), operand(O), static_cast<float>(eps)}, nullptr, written(h), streamed(h, 2)});
 }
 
 void gate_residual(const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& out) {
   if (out.numel() == 0) return;
   const Maybe X = with_rows(x), Y = with_rows(y), G = with_rows(gate);
-  run_forward(sizes(x), {rows(X), rows(Y), {operand(G), {}, {}, {}, {}, 0.0f}, written(out), nullptr, streamed(out)});
+  run_forward(sizes(x), {rows(X), rows(Y), {operand(G), {}, {}, {}, {}, 0.0f}, written(out), nullptr, streamed(out, 3)});
 }
 
 void gate_residual_norm_modulate(const Tensor& x, const Tensor& y, const Tensor& gate, const Maybe& shift, const Maybe& scale, const Maybe& weight,
@@ -96,14 +97,14 @@ void gate_residual_norm_modulate(const Tensor& x, const Tensor& y, const Tensor&
   if (out.numel() == 0) return;
   const Maybe X = with_rows(x), Y = with_rows(y), G = with_rows(gate), S = with_rows(shift), C = with_rows(scale), W = with_rows(weight), O = with_rows(bias);
   run_forward(sizes(x), {rows(X), rows(Y), {operand(G), operand(S), operand(C), operand(W), operand(O), static_cast<float>(eps)}, written(out),
-                         written(h), streamed(out) && streamed(h)});
+                         written(h), streamed(out, 4) && streamed(h, 4)});
 }
 
 void gate_residual_backward(const Tensor& dout, const Tensor& y, const Tensor& gate, const Tensor& dy, const Tensor& dgate) {
   if (dgate.numel() == 0) return;
   const Maybe D = with_rows(dout), Y = with_rows(y), G = with_rows(gate);
   run_backward(sizes(y), {{}, rows(D), {}, rows(Y), {operand(G), {}, {}, {}, {}, 0.0f}, nullptr, written(dy),
-                          gradient(dgate), {}, {}, {}, {}, streamed(dy)});
+                          gradient(dgate), {}, {}, {}, {}, streamed(dy, 3)});
 }
 
 void layer_norm_modulate_backward(const Tensor& dh, const Maybe& dout, const Tensor& x, const Maybe& y, const Maybe& gate, const Maybe& shift,
@@ -115,7 +116,45 @@ void layer_norm_modulate_backward(const Tensor& dh, const Maybe& dout, const Ten
               W = with_rows(weight), O = with_rows(bias);
   run_backward(n, {rows(H), rows(D), rows(X), rows(Y), {operand(G), operand(S), operand(C), operand(W), operand(O), static_cast<float>(eps)},
                    written(dx), written(dy), gradient(dgate), gradient(dshift), gradient(dscale),
-                   gradient(dweight), gradient(dbias), streamed(dx) && (dy.numel() == 0 || streamed(dy))});
+                   gradient(dweight), gradient(dbias), streamed(dx, 3) && (dy.numel() == 0 || streamed(dy, 3))});
+}
+
+// Per sample or per token.
+bool is_modulation(const Maybe& m, const Tensor& x) {
+  return is_beside(m, x, {x.size(0), x.size(2)}) || is_beside(m, x, {x.size(0), x.size(1), x.size(2)});
+}
+
+bool is_norm(const Tensor& x, const Maybe& shift, const Maybe& scale, const Maybe& weight, const Maybe& bias) {
+  return is_native_float(x) && x.dim() == 3 && is_modulation(shift, x) && is_modulation(scale, x) && is_beside(weight, x, {x.size(2)}) &&
+         is_beside(bias, x, {x.size(2)});
+}
+
+bool is_gated(const Tensor& x, const Tensor& y, const Tensor& gate) {
+  return is_native_float(x) && x.dim() == 3 && y.scalar_type() == x.scalar_type() && is_beside(y, x, {x.size(0), x.size(1), x.size(2)}) && is_modulation(gate, x);
+}
+
+Tensor rows_like(const Tensor& x) { return empty_like_type<3>(x, {x.size(0), x.size(1), x.size(2)}); }
+
+Maybe layer_norm_modulate_eager(const Tensor& x, const Maybe& shift, const Maybe& scale, const Maybe& weight, const Maybe& bias, double eps) {
+  if (!is_norm(x, shift, scale, weight, bias)) return std::nullopt;
+  const Tensor h = rows_like(x);
+  layer_norm_modulate(x, shift, scale, weight, bias, eps, h);
+  return h;
+}
+
+Maybe gate_residual_eager(const Tensor& x, const Tensor& y, const Tensor& gate) {
+  if (!is_gated(x, y, gate)) return std::nullopt;
+  const Tensor out = rows_like(x);
+  gate_residual(x, y, gate, out);
+  return out;
+}
+
+std::tuple<Maybe, Maybe> gate_residual_norm_modulate_eager(const Tensor& x, const Tensor& y, const Tensor& gate, const Maybe& shift, const Maybe& scale,
+                                                           const Maybe& weight, const Maybe& bias, double eps) {
+  if (!is_gated(x, y, gate) || !is_norm(x, shift, scale, weight, bias)) return {};
+  const Tensor out = rows_like(x), h = rows_like(x);
+  gate_residual_norm_modulate(x, y, gate, shift, scale, weight, bias, eps, out, h);
+  return {out, h};
 }
 
 }  // namespace
@@ -123,6 +162,11 @@ void layer_norm_modulate_backward(const Tensor& dh, const Maybe& dout, const Ten
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) {
   m.def("layer_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps, Tensor(a!) h) -> ()");
+  m.def("layer_norm_modulate_eager(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps) -> Tensor?");
+  m.def("gate_residual_eager(Tensor x, Tensor y, Tensor gate) -> Tensor?");
+  m.def(
+      "gate_residual_norm_modulate_eager(Tensor x, Tensor y, Tensor gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps) "
+      "-> (Tensor?, Tensor?)");
   m.def("gate_residual(Tensor x, Tensor y, Tensor gate, Tensor(a!) out) -> ()");
   m.def(
       "gate_residual_norm_modulate(Tensor x, Tensor y, Tensor gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps, "
@@ -135,6 +179,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CPU, m) {
   m.impl("layer_norm_modulate", TORCH_BOX(&fastdiff::layer_norm_modulate::layer_norm_modulate));
+  m.impl("layer_norm_modulate_eager", TORCH_BOX(&fastdiff::layer_norm_modulate::layer_norm_modulate_eager));
+  m.impl("gate_residual_eager", TORCH_BOX(&fastdiff::layer_norm_modulate::gate_residual_eager));
+  m.impl("gate_residual_norm_modulate_eager", TORCH_BOX(&fastdiff::layer_norm_modulate::gate_residual_norm_modulate_eager));
   m.impl("gate_residual", TORCH_BOX(&fastdiff::layer_norm_modulate::gate_residual));
   m.impl("gate_residual_norm_modulate", TORCH_BOX(&fastdiff::layer_norm_modulate::gate_residual_norm_modulate));
   m.impl("gate_residual_backward", TORCH_BOX(&fastdiff::layer_norm_modulate::gate_residual_backward));

@@ -81,7 +81,7 @@ inline Sums sums(const Backward& a) {
 
 // Floats of scratch for one thread.
 inline int64_t forward_scratch(int64_t stride) { return 4 * stride; }
-inline int64_t backward_scratch(int64_t stride) { return 5 * stride; }
+inline int64_t backward_scratch(int64_t stride) { return 3 * stride; }
 
 // Whole cache lines of floats.
 inline int64_t stride(const Sizes& n) { return (n.D + 15) / 16 * 16; }

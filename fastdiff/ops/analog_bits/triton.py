@@ -9,6 +9,15 @@ LAUNCH = dict(BLOCK=512, num_warps=4)  # not tuned on a GPU yet
 
 
 @jit
+def _place(size, BLOCK: tl.constexpr):
+    """(plane of integers, its elements that this program takes, their mask)."""
+    pid = tl.program_id(0).to(tl.int64)
+    pieces = tl.cdiv(size, BLOCK)
+    o_x = pid % pieces * BLOCK + tl.arange(0, BLOCK)
+    return pid // pieces, o_x, o_x < size
+
+
+@jit
 def _to_bits(x_ptr, y_ptr, scale, C, size, x_strides, BITS: tl.constexpr, MSB: tl.constexpr, BLOCK: tl.constexpr):
     """y[b, c, i] = scale if bit i of x[b, c] is 1, else -scale.
 
@@ -17,11 +26,7 @@ def _to_bits(x_ptr, y_ptr, scale, C, size, x_strides, BITS: tl.constexpr, MSB: t
     math    none
     needs   nothing
     """
-    pid = tl.program_id(0).to(tl.int64)
-    pieces = tl.cdiv(size, BLOCK)
-    plane = pid // pieces
-    o_x = pid % pieces * BLOCK + tl.arange(0, BLOCK)
-    m_x = o_x < size
+    plane, o_x, m_x = _place(size, BLOCK)
     x = tl.load(x_ptr + plane // C * x_strides[0] + plane % C * x_strides[1] + o_x * x_strides[2], mask=m_x, other=0).to(tl.int64)
     high = narrow(tl.cast(scale, tl.float32), y_ptr.dtype.element_ty)
     low = narrow(-tl.cast(scale, tl.float32), y_ptr.dtype.element_ty)
@@ -40,11 +45,7 @@ def _from_bits(x_ptr, y_ptr, size, BITS: tl.constexpr, MSB: tl.constexpr, BLOCK:
     math    int64
     needs   nothing
     """
-    pid = tl.program_id(0).to(tl.int64)
-    pieces = tl.cdiv(size, BLOCK)
-    plane = pid // pieces
-    o_x = pid % pieces * BLOCK + tl.arange(0, BLOCK)
-    m_x = o_x < size
+    plane, o_x, m_x = _place(size, BLOCK)
     x_ptr += plane * BITS * size
     y = tl.zeros([BLOCK], tl.int64)
     for i in tl.static_range(BITS):

@@ -4,7 +4,7 @@ import torch
 
 from ...core.backend import cpu
 from ...core.check import dims, fail, option, pair, tensor
-from ...core.contract import contract
+from ...core.contract import constant, contract
 from . import reference, triton
 
 _PREDICTIONS = ("eps", "x0", "v")
@@ -68,7 +68,6 @@ STEP_WITH_X0 = contract(f"denoise_step_with_x0{_STEP} -> (Tensor, Tensor)", outp
                         backends=(triton.STEP, cpu("denoise_step_with_x0")), module=__name__, entries=("denoise_step_with_x0_eager",))
 
 
-# The other ops run their references wherever a derivative is wanted: samplers want none.
 def _scaled(c, x):
     return (reference.spread(c, x) * x).to(x.dtype)
 
@@ -95,6 +94,64 @@ def _add_noise_jvp(ctx, *tangents):
 
 
 ADD_NOISE.autograd(save=lambda ctx, args, outs: args, backward=_add_noise_backward, jvp=_add_noise_jvp)
+
+
+# Without rescaling guide is linear in its images, and in the weight.
+def _guide_backward(ctx, dy):
+    if dy is None:
+        return (None,) * 4
+    (cond, uncond, weight), wants = ctx.saved_tensors, ctx.wants
+    return (_scaled(weight, dy) if wants[0] else None, _scaled(1 - weight, dy) if wants[1] else None,
+            _sum(dy, cond.to(weight.dtype) - uncond, weight) if wants[2] else None, None)
+
+
+def _guide_jvp(ctx, dcond, duncond, dweight, _):
+    cond, uncond, weight = ctx.saved_tensors
+    dy = None
+    if dcond is not None or duncond is not None:
+        dy = GUIDE(*(torch.zeros_like(x) if d is None else d for x, d in ((cond, dcond), (uncond, duncond))), weight, 0.0)
+    if dweight is not None:
+        along = (reference.spread(dweight, cond) * (cond.to(weight.dtype) - uncond)).to(cond.dtype)
+        dy = along if dy is None else dy + along
+    return dy
+
+
+GUIDE.autograd(save=lambda ctx, args, outs: args[:3], backward=_guide_backward, jvp=_guide_jvp, applies=lambda *args: args[3] == 0)
+
+
+# Without clipping and learned variance a step is linear in its images, y = a x + b pred + to_noise noise. For the other steps, and where a
+# coefficient's derivative is wanted, the reference stands in.
+def _shares(signal, sigma, to_x0, to_eps, prediction):
+    """(a, b) per sample."""
+    if prediction == "eps":
+        return to_x0 / signal, to_eps - to_x0 * (sigma / signal)
+    if prediction == "x0":
+        return to_eps / sigma, to_x0 - to_eps * (signal / sigma)
+    power = signal.square() + sigma.square()
+    return (to_x0 * signal + to_eps * sigma) / power, (to_eps * signal - to_x0 * sigma) / power
+
+
+def _step_backward(ctx, dy):
+    if dy is None:
+        return (None,) * 13
+    *coefficients, to_noise = ctx.saved_tensors
+    a, b = _shares(*(c.double() for c in coefficients), ctx.args[10])
+    wide = coefficients[0].dtype
+    dx, dpred, dnoise = (_scaled(c.to(wide), dy) if want else None
+                         for c, want in ((a, ctx.wants[0]), (b, ctx.wants[1]), (to_noise, ctx.wants[7])))
+    return dx, dpred, *(None,) * 5, dnoise, *(None,) * 5
+
+
+def _step_jvp(ctx, dx, dpred, *tangents):
+    *coefficients, to_noise = ctx.saved_tensors
+    dnoise = tangents[5]
+    like = next(d for d in (dx, dpred, dnoise) if d is not None)
+    dx, dpred = (torch.zeros_like(like) if d is None else d for d in (dx, dpred))
+    return STEP(dx, dpred, *coefficients, None if dnoise is None else to_noise, dnoise, None, None, *ctx.args[10:])
+
+
+STEP.autograd(save=lambda ctx, args, outs: args[2:7], backward=_step_backward, jvp=_step_jvp,
+              applies=lambda *args: args[11] is None and args[8] is None and constant(*args[2:7]))
 
 
 for _made in (ADD_NOISE, GUIDE, STEP, STEP_WITH_X0):

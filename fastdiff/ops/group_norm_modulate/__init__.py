@@ -40,7 +40,7 @@ def _backward_outputs(dy, x, statistics, groups, weight, bias, scale, shift, eps
 FORWARD = contract(
     "group_norm_modulate(Tensor x, SymInt groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, bool silu) "
     "-> (Tensor, Tensor)", outputs=_outputs, reference=reference.group_norm_modulate,
-    backends=(triton.FORWARD, cpu("group_norm_modulate")), module=__name__)
+    backends=(triton.FORWARD, cpu("group_norm_modulate")), module=__name__, entries=("group_norm_modulate_eager",))
 BACKWARD = contract(
     "group_norm_modulate_backward(Tensor dy, Tensor x, Tensor statistics, SymInt groups, Tensor? weight, Tensor? bias, "
     "Tensor? scale, Tensor? shift, float eps, bool silu, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -87,4 +87,6 @@ def group_norm_modulate(x, groups, weight, bias, scale=None, shift=None, *, eps=
     if not isinstance(silu, bool):
         raise TypeError(f"{op}: silu wants a bool, got {silu!r}")
     (groups,) = integers(op, "groups", groups, 1)
-    return FORWARD(x, groups, weight, bias, scale, shift, number(op, "eps", eps, least=0), silu)[0]
+    args = (x, groups, weight, bias, scale, shift, number(op, "eps", eps, least=0), silu)
+    y = FORWARD.eager(args, optional=args[2:6])
+    return FORWARD(*args)[0] if y is None else y

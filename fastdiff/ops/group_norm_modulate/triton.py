@@ -13,6 +13,32 @@ PROGRAMS = ((100, None, 592), (90, None, 528), (1, None, 432), (0, None, 8))
 
 
 @jit
+def _place(groups, width, CHANNELS: tl.constexpr):
+    """(sample and group, sample, channels, which of them there are) of this program."""
+    i_bg = tl.program_id(0).to(tl.int64)
+    o_c = tl.arange(0, CHANNELS)
+    return i_bg, i_bg // groups, i_bg % groups * width + o_c, o_c < width
+
+
+@jit
+def _piece(P, per):
+    """[begin, end) of the pixels that this program takes."""
+    begin = tl.program_id(1).to(tl.int64) * per
+    return begin, tl.minimum(begin + per, P)
+
+
+@jit
+def _rows(x_ptr, i_b, o_c, strides):
+    """Pointers to the channels' first pixels."""
+    return x_ptr + i_b * strides[0] + o_c[:, None] * strides[1]
+
+
+@jit
+def _load(rows, o_p, stride, m):
+    return tl.load(rows + o_p[None, :] * tl.cast(stride, tl.int64), mask=m, other=0.0).to(tl.float32)
+
+
+@jit
 def _moments(x_ptr, part_ptr, groups, width, P, per, x_strides, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
     """Count, mean and sum of squared deviations of a piece of a group's pixels, block by block and joined by Chan's rule.
 
@@ -21,17 +47,14 @@ def _moments(x_ptr, part_ptr, groups, width, P, per, x_strides, CHANNELS: tl.con
     math    fp32; a block's deviations are from its own mean
     needs   CHANNELS a power of two, at least width = C / groups
     """
-    i_bg, piece = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    i_b, first = i_bg // groups, i_bg % groups * width
-    o_c = tl.arange(0, CHANNELS)
-    x_ptr += i_b * x_strides[0] + (first + o_c)[:, None] * x_strides[1]
-    begin = piece * per
-    end = tl.minimum(begin + per, P)
+    i_bg, i_b, o_c, m_c = _place(groups, width, CHANNELS)
+    x_ptr = _rows(x_ptr, i_b, o_c, x_strides)
+    begin, end = _piece(P, per)
     count, mean, squares = 0.0, 0.0, 0.0
     for start in range(begin, end, PIXELS):
         o_p = start + tl.arange(0, PIXELS)
-        m = (o_c < width)[:, None] & (o_p < end)[None, :]
-        x = tl.load(x_ptr + o_p[None, :] * tl.cast(x_strides[2], tl.int64), mask=m, other=0.0).to(tl.float32)
+        m = m_c[:, None] & (o_p < end)[None, :]
+        x = _load(x_ptr, o_p, x_strides[2], m)
         n = (tl.minimum(end - start, PIXELS) * width).to(tl.float32)
         block = tl.sum(tl.sum(x, 1), 0) / n
         d = tl.where(m, x - block, 0.0)
@@ -40,7 +63,7 @@ def _moments(x_ptr, part_ptr, groups, width, P, per, x_strides, CHANNELS: tl.con
         squares += tl.sum(tl.sum(d * d, 1), 0) - n * rest * rest + delta * delta * (count * n / (count + n))
         mean += delta * (n / (count + n))
         count += n
-    part_ptr += (i_bg * tl.num_programs(1) + piece) * 3
+    part_ptr += (i_bg * tl.num_programs(1) + tl.program_id(1)) * 3
     tl.store(part_ptr, count)
     tl.store(part_ptr + 1, mean)
     tl.store(part_ptr + 2, squares)
@@ -74,12 +97,8 @@ def _apply(x_ptr, part_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, s
     math    fp32, rounded once
     needs   as in `_moments`
     """
-    i_bg, piece = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    i_b, first = i_bg // groups, i_bg % groups * width
-    o_c = tl.arange(0, CHANNELS)
-    m_c = o_c < width
-    gain, offset = _gain_offset(weight_ptr, bias_ptr, scale_ptr, shift_ptr, vector_strides, scale_strides, shift_strides, i_b, first + o_c,
-                                m_c)
+    i_bg, i_b, o_c, m_c = _place(groups, width, CHANNELS)
+    gain, offset = _gain_offset(weight_ptr, bias_ptr, scale_ptr, shift_ptr, vector_strides, scale_strides, shift_strides, i_b, o_c, m_c)
     count, mean, squares = 0.0, 0.0, 0.0
     for i in range(0, tl.num_programs(1)):
         base = part_ptr + (i_bg * tl.num_programs(1) + i) * 3
@@ -88,22 +107,28 @@ def _apply(x_ptr, part_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, s
         mean += delta * (n / (count + n))
         count += n
     rstd = 1.0 / tl.sqrt(squares / count + tl.cast(eps, tl.float32))
-    if piece == 0:
+    if tl.program_id(1) == 0:
         tl.store(statistics_ptr + i_bg * 3, mean)
         tl.store(statistics_ptr + i_bg * 3 + 1, 0.0)
         tl.store(statistics_ptr + i_bg * 3 + 2, rstd)
-    x_ptr += i_b * x_strides[0] + (first + o_c)[:, None] * x_strides[1]
-    y_ptr += i_b * y_strides[0] + (first + o_c)[:, None] * y_strides[1]
-    begin = piece * per
-    end = tl.minimum(begin + per, P)
+    x_ptr = _rows(x_ptr, i_b, o_c, x_strides)
+    y_ptr = _rows(y_ptr, i_b, o_c, y_strides)
+    begin, end = _piece(P, per)
     for start in range(begin, end, PIXELS):
         o_p = start + tl.arange(0, PIXELS)
         m = m_c[:, None] & (o_p < end)[None, :]
-        x = tl.load(x_ptr + o_p[None, :] * tl.cast(x_strides[2], tl.int64), mask=m, other=0.0).to(tl.float32)
+        x = _load(x_ptr, o_p, x_strides[2], m)
         y = (x - mean) * rstd * gain + offset
         if SILU:
             y = y / (1.0 + tl.exp(-y))
         tl.store(y_ptr + o_p[None, :] * tl.cast(y_strides[2], tl.int64), narrow(y, y_ptr.dtype.element_ty), mask=m)
+
+
+@jit
+def _statistics(statistics_ptr, i_bg):
+    """(mean, what of it float32 left over, 1 / sqrt(var + eps)) of a group."""
+    statistics_ptr += i_bg * 3
+    return tl.load(statistics_ptr), tl.load(statistics_ptr + 1), tl.load(statistics_ptr + 2)
 
 
 @jit
@@ -125,30 +150,24 @@ def _sums(dy_ptr, x_ptr, statistics_ptr, weight_ptr, bias_ptr, scale_ptr, shift_
     math    fp32
     needs   as in `_moments`
     """
-    i_bg, piece = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    i_b, first = i_bg // groups, i_bg % groups * width
-    o_c = tl.arange(0, CHANNELS)
-    m_c = o_c < width
-    gain, offset = _gain_offset(weight_ptr, bias_ptr, scale_ptr, shift_ptr, vector_strides, scale_strides, shift_strides, i_b, first + o_c,
-                                m_c)
-    mean, rest = tl.load(statistics_ptr + i_bg * 3), tl.load(statistics_ptr + i_bg * 3 + 1)
-    rstd = tl.load(statistics_ptr + i_bg * 3 + 2)
-    x_ptr += i_b * x_strides[0] + (first + o_c)[:, None] * x_strides[1]
-    dy_ptr += i_b * dy_strides[0] + (first + o_c)[:, None] * dy_strides[1]
-    begin = piece * per
-    end = tl.minimum(begin + per, P)
+    i_bg, i_b, o_c, m_c = _place(groups, width, CHANNELS)
+    gain, offset = _gain_offset(weight_ptr, bias_ptr, scale_ptr, shift_ptr, vector_strides, scale_strides, shift_strides, i_b, o_c, m_c)
+    mean, rest, rstd = _statistics(statistics_ptr, i_bg)
+    x_ptr = _rows(x_ptr, i_b, o_c, x_strides)
+    dy_ptr = _rows(dy_ptr, i_b, o_c, dy_strides)
+    begin, end = _piece(P, per)
     sum_dy, sum_dyn = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
     for start in range(begin, end, PIXELS):
         o_p = start + tl.arange(0, PIXELS)
         m = m_c[:, None] & (o_p < end)[None, :]
-        x = tl.load(x_ptr + o_p[None, :] * tl.cast(x_strides[2], tl.int64), mask=m, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + o_p[None, :] * tl.cast(dy_strides[2], tl.int64), mask=m, other=0.0).to(tl.float32)
+        x = _load(x_ptr, o_p, x_strides[2], m)
+        dy = _load(dy_ptr, o_p, dy_strides[2], m)
         normal = (x - mean - rest) * rstd
         dy = tl.where(m, _through(dy, normal * gain + offset, SILU), 0.0)
         sum_dy += tl.sum(dy, 1)
         sum_dyn += tl.sum(dy * normal, 1)
     step = tl.num_programs(0).to(tl.int64) * width
-    part_ptr += piece * step + i_bg * width + o_c
+    part_ptr += tl.program_id(1).to(tl.int64) * step + i_b * groups * width + o_c
     tl.store(part_ptr, sum_dy, mask=m_c)
     tl.store(part_ptr + tl.num_programs(1) * step, sum_dyn, mask=m_c)
 
@@ -164,30 +183,24 @@ def _gradient(dy_ptr, x_ptr, statistics_ptr, weight_ptr, bias_ptr, scale_ptr, sh
     math    fp32, rounded once
     needs   as in `_moments`
     """
-    i_bg, piece = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    i_b, first = i_bg // groups, i_bg % groups * width
-    o_c = tl.arange(0, CHANNELS)
-    m_c = o_c < width
-    gain, offset = _gain_offset(weight_ptr, bias_ptr, scale_ptr, shift_ptr, vector_strides, scale_strides, shift_strides, i_b, first + o_c,
-                                m_c)
-    mean, rest = tl.load(statistics_ptr + i_bg * 3), tl.load(statistics_ptr + i_bg * 3 + 1)
-    rstd = tl.load(statistics_ptr + i_bg * 3 + 2)
-    sums_ptr += i_bg * width + o_c
+    i_bg, i_b, o_c, m_c = _place(groups, width, CHANNELS)
+    gain, offset = _gain_offset(weight_ptr, bias_ptr, scale_ptr, shift_ptr, vector_strides, scale_strides, shift_strides, i_b, o_c, m_c)
+    mean, rest, rstd = _statistics(statistics_ptr, i_bg)
+    sums_ptr += i_b * groups * width + o_c
     step = tl.num_programs(0).to(tl.int64) * width
     n = (P * width).to(tl.float32)
     sum_g = tl.load(sums_ptr, mask=m_c, other=0.0)[:, None] * gain
     sum_gn = tl.load(sums_ptr + step, mask=m_c, other=0.0)[:, None] * gain
     mean_g, mean_gn = tl.sum(tl.sum(sum_g, 1), 0) / n, tl.sum(tl.sum(sum_gn, 1), 0) / n
-    x_ptr += i_b * x_strides[0] + (first + o_c)[:, None] * x_strides[1]
-    dy_ptr += i_b * dy_strides[0] + (first + o_c)[:, None] * dy_strides[1]
-    dx_ptr += i_b * dx_strides[0] + (first + o_c)[:, None] * dx_strides[1]
-    begin = piece * per
-    end = tl.minimum(begin + per, P)
+    x_ptr = _rows(x_ptr, i_b, o_c, x_strides)
+    dy_ptr = _rows(dy_ptr, i_b, o_c, dy_strides)
+    dx_ptr = _rows(dx_ptr, i_b, o_c, dx_strides)
+    begin, end = _piece(P, per)
     for start in range(begin, end, PIXELS):
         o_p = start + tl.arange(0, PIXELS)
         m = m_c[:, None] & (o_p < end)[None, :]
-        x = tl.load(x_ptr + o_p[None, :] * tl.cast(x_strides[2], tl.int64), mask=m, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + o_p[None, :] * tl.cast(dy_strides[2], tl.int64), mask=m, other=0.0).to(tl.float32)
+        x = _load(x_ptr, o_p, x_strides[2], m)
+        dy = _load(dy_ptr, o_p, dy_strides[2], m)
         normal = (x - mean - rest) * rstd
         dx = (_through(dy, normal * gain + offset, SILU) * gain - mean_g - normal * mean_gn) * rstd
         tl.store(dx_ptr + o_p[None, :] * tl.cast(dx_strides[2], tl.int64), narrow(dx, dx_ptr.dtype.element_ty), mask=m)

@@ -47,12 +47,13 @@ def _norm_backward_outputs(dh, dout, x, y, gate, shift, scale, weight, bias, eps
 
 NORM = contract("layer_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps) -> Tensor",
                 outputs=_norm_outputs, reference=reference.layer_norm_modulate,
-                backends=(triton.NORM, cpu("layer_norm_modulate")), module=__name__)
+                backends=(triton.NORM, cpu("layer_norm_modulate")), module=__name__, entries=("layer_norm_modulate_eager",))
 GATE = contract("gate_residual(Tensor x, Tensor y, Tensor gate) -> Tensor", outputs=_gate_outputs, reference=reference.gate_residual,
-                backends=(triton.GATE, cpu("gate_residual")), module=__name__)
+                backends=(triton.GATE, cpu("gate_residual")), module=__name__, entries=("gate_residual_eager",))
 BOTH = contract("gate_residual_norm_modulate(Tensor x, Tensor y, Tensor gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "
                 "float eps) -> (Tensor, Tensor)", outputs=_both_outputs, reference=reference.gate_residual_norm_modulate,
-                backends=(triton.BOTH, cpu("gate_residual_norm_modulate")), module=__name__)
+                backends=(triton.BOTH, cpu("gate_residual_norm_modulate")), module=__name__,
+                entries=("gate_residual_norm_modulate_eager",))
 GATE_BACKWARD = contract("gate_residual_backward(Tensor dout, Tensor y, Tensor gate) -> (Tensor, Tensor)", outputs=_gate_backward_outputs,
                          reference=reference.gate_residual_backward,
                 backends=(triton.GATE_BACKWARD, cpu("gate_residual_backward")), module=__name__)
@@ -68,13 +69,20 @@ def _kept(grads, wants):
     return tuple(g if want else None for g, want in zip(grads, wants, strict=True))
 
 
+def _through_norm(dh, dout, x, y, gate, modulation, eps, wants):
+    """NORM_BACKWARD's gradients, None for those not wanted; dshift per token is dh itself."""
+    own = wants[3] and modulation[0].dim() == 3
+    grads = NORM_BACKWARD(dh, dout, x, y, gate, *modulation, eps, [*wants[:3], wants[3] and not own, *wants[4:]])
+    dx, dy, dgate, dshift, *rest = _kept(grads, wants)
+    return dx, dy, dgate, dh.to(modulation[0].dtype) if own else dshift, *rest
+
+
 def _norm_backward(ctx, dh):
     if dh is None:
         return (None,) * 6
     x, *modulation = ctx.saved_tensors
-    wants = [ctx.wants[0], False, False, *ctx.wants[1:5]]
-    dx, _, _, *grads = NORM_BACKWARD(dh, None, x, None, None, *modulation, ctx.args[5], wants)
-    return *_kept((dx, *grads), ctx.wants[:5]), None
+    dx, _, _, *grads = _through_norm(dh, None, x, None, None, modulation, ctx.args[5], [ctx.wants[0], False, False, *ctx.wants[1:5]])
+    return dx, *grads, None
 
 
 def _gate_backward(ctx, dout):
@@ -88,8 +96,8 @@ def _both_backward(ctx, dout, dh):
     if dh is None:
         _, y, gate, *_ = ctx.saved_tensors
         return *((None,) * 3 if dout is None else _kept((dout, *GATE_BACKWARD(dout, y, gate)), ctx.wants[:3])), *(None,) * 5
-    grads = NORM_BACKWARD(dh, dout, *ctx.saved_tensors, ctx.args[7], list(ctx.wants[:7]))
-    return *_kept(grads, ctx.wants[:7]), None
+    out, y, gate, *modulation = ctx.saved_tensors
+    return *_through_norm(dh, dout, out, y, gate, modulation, ctx.args[7], list(ctx.wants[:7])), None
 
 
 NORM.autograd(save=lambda ctx, args, outs: args[:5], backward=_norm_backward)
@@ -114,7 +122,9 @@ def layer_norm_modulate(x, shift=None, scale=None, weight=None, bias=None, *, ep
     Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
     Source   Peebles & Xie 2023, section 3.2
     """
-    return NORM(x, shift, scale, weight, bias, number("layer_norm_modulate", "eps", eps, least=0))
+    args = (x, shift, scale, weight, bias, number("layer_norm_modulate", "eps", eps, least=0))
+    y = NORM.eager(args, optional=args[1:5])
+    return NORM(*args) if y is None else y
 
 
 def gate_residual(x, y, gate):
@@ -126,7 +136,8 @@ def gate_residual(x, y, gate):
     Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
     Source   Peebles & Xie 2023, section 3.2 (adaLN-Zero)
     """
-    return GATE(x, y, gate)
+    out = GATE.eager((x, y, gate))
+    return GATE(x, y, gate) if out is None else out
 
 
 def gate_residual_norm_modulate(x, y, gate, shift=None, scale=None, weight=None, bias=None, *, eps=1e-6):
@@ -139,4 +150,6 @@ def gate_residual_norm_modulate(x, y, gate, shift=None, scale=None, weight=None,
     Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
     Source   Peebles & Xie 2023, section 3.2 (adaLN-Zero)
     """
-    return BOTH(x, y, gate, shift, scale, weight, bias, number("gate_residual_norm_modulate", "eps", eps, least=0))
+    args = (x, y, gate, shift, scale, weight, bias, number("gate_residual_norm_modulate", "eps", eps, least=0))
+    both = BOTH.eager(args, optional=args[3:7])
+    return BOTH(*args) if both is None or both[0] is None else both
