@@ -9,6 +9,7 @@ COMMANDS = {
     "bench": ("fastdiff.bench.suite:main", "time the ops against other libraries, side by side", "bench"),
     "verify": ("fastdiff.testing.verify:main", "compare every op with its reference on random examples", "test"),
     "demo": ("fastdiff.demo:main", "public models on a real photograph, plain and accelerated", "demo"),
+    "train": ("fastdiff.train:main", "a small model on digits or on a folder of images, and its samples", "train"),
 }
 HELP = "usage: python -m fastdiff COMMAND [OPTION ...]\n\n" + "".join(f"  {name:8} {text}\n" for name, (_, text, _) in COMMANDS.items()) + (
     "\npython -m fastdiff COMMAND --help lists the options of a command")
