@@ -10,6 +10,7 @@ COMMANDS = {
     "verify": ("fastdiff.testing.verify:main", "compare every op with its reference on random examples", "test"),
     "doctor": ("fastdiff.doctor:main", "what accelerate would do for a model, measured, and what nothing can", None),
     "demo": ("fastdiff.demo:main", "public models on a real photograph, plain and accelerated", "demo"),
+    "train": ("fastdiff.train:main", "a small model on digits or on a folder of images, and its samples", "train"),
 }
 HELP = "usage: python -m fastdiff COMMAND [OPTION ...]\n\n" + "".join(f"  {name:8} {text}\n" for name, (_, text, _) in COMMANDS.items()) + (
     "\npython -m fastdiff COMMAND --help lists the options of a command")

@@ -36,7 +36,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     assert "pip install 'fastdiff-kernels[bench]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["info", "bench", "verify", "demo"])
+@pytest.mark.parametrize("command", ["info", "bench", "verify", "demo", "train"])
 def test_each_command_has_help(command):
     done = run(command, "--help")
     assert done.returncode == 0, done.stderr

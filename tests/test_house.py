@@ -26,6 +26,8 @@ OPTIONAL = {"denoising_diffusion_pytorch", "einops", "scipy", "torch_dct", "dcto
             "perceiver_pytorch", "transformers", "flash_attn", "liger_kernel", "xformers"}
 # The demo shows public models (and mends torchvision's import for one of them): the libraries they come from are its subject.
 DEMO = PACKAGE / "demo.py"
+# The presets of `train` are made of models and ops, as a user's program is.
+PRESETS = PACKAGE / "presets.py"
 
 
 def imports(path):
@@ -175,7 +177,7 @@ def test_length_of_kernel_files():
 
 
 # What names an op: the one import line in ops/__init__.py. Ops called by name, as their users do, are in the parts above ops.
-NEUTRAL = [*sources("core", "testing", "bench"), *sorted(p for p in PACKAGE.glob("*.py") if p != DEMO),
+NEUTRAL = [*sources("core", "testing", "bench"), *sorted(p for p in PACKAGE.glob("*.py") if p not in (DEMO, PRESETS)),
            ROOT / "setup.py", ROOT / "CMakeLists.txt", *sorted((ROOT / "tests").glob("*t_[ch]*.py")),
            *sorted((ROOT / "csrc" / "common").glob("*"))]
 
