@@ -231,10 +231,12 @@ void run_backward(const Launcher& launch, const Problem<T>& p, const Backward<T>
   }
 }
 
+// 1 <= E <= 128, of float 64: both accumulators of a wider head and the halves of its operands are more than the registers hold.
 template <class T>
 void run_backward(const Launcher& launch, const Problem<T>& p, const Backward<T>& g, BackwardShares by) {
   if (p.E <= 32) run_backward<T, 32>(launch, p, g, by);
   else if (p.E <= 64) run_backward<T, 64>(launch, p, g, by);
+  else if constexpr (kNatural<T>) throw std::runtime_error("attention_backward: heads wider than 64 in float32 are not for this kernel");
   else run_backward<T, 128>(launch, p, g, by);
 }
 

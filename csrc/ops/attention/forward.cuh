@@ -142,7 +142,7 @@ void run_forward(const Launcher& launch, const Problem<T>& p, const ForwardOut<T
   if (by.splits > 1) launch(merge<T>, grid((p.B * p.H * p.M + kThreads / 32 - 1) / (kThreads / 32)), kThreads, 0, p, o, by.splits);
 }
 
-// B H M > 0, 1 <= E <= kLargestHead, rows of whole 16 bytes.
+// B H M > 0, 1 <= E <= 128, rows of whole 16 bytes.
 template <class T>
 void run_forward(const Launcher& launch, const Problem<T>& p, const ForwardOut<T>& o, Shares by) {
   if (p.E <= 32) run_forward<T, 32>(launch, p, o, by);

@@ -14,7 +14,7 @@
 
 namespace fastdiff::attention {
 
-inline constexpr int kThreads = 128, kOwn = 64, kLargestHead = 128;
+inline constexpr int kThreads = 128, kOwn = 64;
 inline constexpr float kLog2E = 1.4426950408889634f, kLow = 2048.0f;  // as in op.h: what rounding leaves over stands 2^11 higher
 inline constexpr double kLn2 = 0.6931471805599453;
 
@@ -87,24 +87,18 @@ __device__ inline void load_tile(Shared<T> tile, Global<const T> rows, int64_t s
 }
 
 // A float as the sum of two tf32; three products of such pairs are as exact as float's.
-struct Split {
-  uint32_t high, low;
-  __device__ explicit Split(float x) : high(to_tf32(x)), low(to_tf32(x - __uint_as_float(high))) {}
-};
+__device__ inline void split(float x, uint32_t& high, uint32_t& low) {
+  high = to_tf32(x);
+  low = to_tf32(x - __uint_as_float(high));
+}
 
 // d += a b for one 16 x 8 x 8 product of floats. Tensor cores cut sums off instead of rounding them: each product starts from zero.
 __device__ inline void multiply(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
   uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const Split x(a[i]);
-    a_high[i] = x.high, a_low[i] = x.low;
-  }
+  for (int i = 0; i < 4; ++i) split(a[i], a_high[i], a_low[i]);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const Split x(b[i]);
-    b_high[i] = x.high, b_low[i] = x.low;
-  }
+  for (int i = 0; i < 2; ++i) split(b[i], b_high[i], b_low[i]);
   float product[4] = {};
   mma_tf32(product, a_low, b_high);
   mma_tf32(product, a_high, b_low);
