@@ -57,8 +57,8 @@ def check(emulator, seed, dtype, B, H, M, N, E, layout, bias_axes, lengths, caus
     scale = E**-0.5 if scale is None else scale
     exact = [x if x is None else x.double() for x in (q, k, v, bias)]
     out, _, lse, _ = reference.attention(*exact, lengths, causal, scale)
-    grads = reference.attention_backward(dout.double(), dlse.double(), *exact, lengths, out, None, lse, torch.zeros_like(lse), causal, scale,
-                                         False, False)[:3]
+    grads = reference.attention_backward(dout.double(), dlse.double(), *exact, lengths, out, None, lse, torch.zeros_like(lse), causal,
+                                         scale, False, False)[:3]
 
     kind, sizes = TYPES.index(dtype), [B, H, M, N, E]
     memory, strides = zip(*(_stored(x, layout) for x in (q, k, v)), strict=True)
