@@ -20,7 +20,7 @@ template <class T, int W>
 constexpr size_t forward_shared() { return arena_bytes<T>(kOwn * kPitch<T, W>) + 4 * arena_bytes<T>(kKeyStep<T> * kPitch<T, W>); }
 
 template <class T, int W>
-__global__ void __launch_bounds__(kThreads, W == 128 ? 2 : 3) forward(Problem<T> p, ForwardOut<T> o, int splits, int per) {
+__global__ void __launch_bounds__(kThreads, kNatural<T> ? 0 : W == 128 ? 2 : 3) forward(Problem<T> p, ForwardOut<T> o, int splits, int per) {
   constexpr int step = kKeyStep<T>, tiles = step / 8, tile = step * kPitch<T, W>;
   Arena arena;
   const Shared<T> q = arena.take<T>(kOwn * kPitch<T, W>), k = arena.take<T>(2 * tile), v = arena.take<T>(2 * tile);
