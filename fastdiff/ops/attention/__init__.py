@@ -3,7 +3,7 @@
 import torch
 
 from ...core import native
-from ...core.backend import cpu
+from ...core.backend import cpu, cuda
 from ...core.check import dims, fail, lengths, lengths_within, tensor
 from ...core.contract import contract
 from . import reference, triton
@@ -55,12 +55,31 @@ def _cpu_plan(q, k, v, causal, backward):
     return f"{q.shape[0] * q.shape[1] * queries * keys} work items: {side}; scores in blocks of {query_block} x {key_block}"
 
 
+def _cuda_refuses(q, k, v, largest):
+    E, V = q.shape[3], v.shape[3]
+    if E != V:
+        return f"takes values as wide as keys, got {V} and {E}"
+    piece = 16 // q.element_size()
+    if not 1 <= E <= largest or E % piece:
+        return f"takes head sizes that are multiples of {piece} and at most {largest}, got {E}"
+    rows = max(q.shape[2], k.shape[2])
+    return None if rows < 2**30 else f"takes fewer than 2^30 queries and keys, got {rows}"
+
+
+def _cuda_refuses_backward(dout, dlse, q, k, v, *rest):
+    if rest[-2]:
+        return "takes no bias that wants a gradient"
+    return _cuda_refuses(q, k, v, 64 if q.dtype is torch.float32 else 128)
+
+
+# The CUDA kernels have run on the CPU only (tests/native), never yet on a GPU.
 ATTENTION = contract(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, bool causal, float? scale) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     outputs=_outputs, values=lambda q, k, v, bias, key_lengths, *_: lengths_within("attention", key_lengths, k.shape[2]),
     reference=reference.attention,
-    backends=(triton.FORWARD, cpu("attention", plan=lambda q, k, v, *rest: _cpu_plan(q, k, v, rest[2], False))),
+    backends=(cuda("attention", refuse=lambda q, k, v, *_: _cuda_refuses(q, k, v, 128)), triton.FORWARD,
+              cpu("attention", plan=lambda q, k, v, *rest: _cpu_plan(q, k, v, rest[2], False))),
     module=__name__, autocast=True,
     entries=("attention_eager", "attention_with_lse_eager"))
 BACKWARD = contract(
@@ -68,7 +87,8 @@ BACKWARD = contract(
     "Tensor out_low, Tensor lse, Tensor lse_low, bool causal, float? scale, bool bias_grad, bool partial) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     outputs=_backward_outputs, reference=reference.attention_backward, module=__name__,
-    backends=(triton.BACKWARD, cpu("attention_backward", plan=lambda dout, dlse, q, k, v, *rest: _cpu_plan(q, k, v, rest[6], True))))
+    backends=(cuda("attention_backward", refuse=_cuda_refuses_backward), triton.BACKWARD,
+              cpu("attention_backward", plan=lambda dout, dlse, q, k, v, *rest: _cpu_plan(q, k, v, rest[6], True))))
 
 
 def _save(ctx, args, outs):
