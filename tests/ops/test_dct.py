@@ -48,3 +48,15 @@ def test_steps_are_their_transforms():
     signal, sigma, width = torch.tensor([0.9, 0.2]), torch.tensor([0.1, 0.8]), torch.tensor([0.5, 4.0])
     diffused = signal.view(2, 1, 1, 1) * ops.blur(z, width, floor=1e-3) + sigma.view(2, 1, 1, 1) * noise
     torch.testing.assert_close(ops.blur_diffuse(z, noise, signal, sigma, width), diffused, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [28, 64, 100, 217, 509, 768])
+def test_as_exact_as_scipy(n):
+    """float32 within twice scipy's own error, both ways."""
+    scipy_fft = pytest.importorskip("scipy.fft")
+    x = torch.randn(400, n, generator=torch.Generator().manual_seed(0))
+    for ours, name in ((ops.dct, "dct"), (ops.idct, "idct")):
+        theirs = getattr(scipy_fft, name)
+        exact = theirs(x.double().numpy(), norm="ortho")
+        error, allowed = (abs(y - exact).max() for y in (ours(x, dims=1).numpy(), theirs(x.numpy(), norm="ortho")))
+        assert error <= 2 * allowed

@@ -30,8 +30,9 @@ std::shared_ptr<const Tables> make(int64_t n) {
   auto tables = std::make_shared<Tables>();
   Axis& axis = tables->axis;
   axis.n = axis.base = n;
-  while (axis.base % 2 == 0 && !in_registers(axis.base)) axis.base /= 2, ++axis.levels;
-  axis.small = in_registers(axis.base);
+  axis.small = alone_in_registers(n);
+  while (!axis.small && axis.base % 2 == 0 && !in_registers(axis.base)) axis.base /= 2, ++axis.levels;
+  axis.small |= in_registers(axis.base);
   std::vector<float>& out = tables->floats;
   const double pi = std::acos(-1.0);
   const int64_t b = axis.base, half = b / 2, rest = b - half;

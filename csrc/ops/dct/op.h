@@ -22,6 +22,8 @@ struct Axis {
 
 // Lengths that are computed in registers: small ones, and those that are left when longer ones are halved.
 inline bool in_registers(int64_t n) { return n <= 8 || n == 10 || n == 12 || n == 14 || n == 16; }
+// And whole lengths that are computed there without being halved first.
+inline bool alone_in_registers(int64_t n) { return n == 28 || n == 32; }
 
 enum class Kind { forward, inverse, gain, separable };
 

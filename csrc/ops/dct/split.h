@@ -238,6 +238,10 @@ __attribute__((noinline)) void half(int64_t n, In in, Out out) {
 
 template <Step step>
 __attribute__((noinline)) void whole(int64_t n, Plain in, Stored out) {
+  if constexpr (step != Step::four) {
+    if (n == 28) return in_registers<28, step>(in, out);
+    if (n == 32) return in_registers<32, step>(in, out);
+  }
   switch (n) {
     case 1: return in_registers<1, step>(in, out);
     case 2: return in_registers<2, step>(in, out);
@@ -249,6 +253,17 @@ __attribute__((noinline)) void whole(int64_t n, Plain in, Stored out) {
     case 8: return in_registers<8, step>(in, out);
     default: return half<step>(n, in, out);
   }
+}
+
+// y = m x, or m^T x, for vectors x xs floats apart. Sums are made of pieces: in one chain over a long base their rounding would show.
+template <A order>
+inline void product(int64_t size, const float* m, const float* x, int64_t xs, float* y, int64_t ys) {
+  constexpr int64_t piece = 32;
+  const auto part = [&]<bool add>(int64_t k) {
+    gemm<order, add>(size, kLanes, size - k < piece ? size - k : piece, m + (order == A::rows ? k : k * size), size, {x + k * xs, xs}, y, ys);
+  };
+  part.template operator()<false>(0);
+  for (int64_t k = piece; k < size; k += piece) part.template operator()<true>(k);
 }
 
 // Transforms of a.n >> level elements, from x to y, which do not overlap. work: 2 vectors for each element.
@@ -265,8 +280,8 @@ inline void two(const Axis& a, int level, const float* x, int64_t xs, float* y, 
       store(d + n * kLanes, u - v);
     }
     store(s + h * kLanes, load(x + h * xs));
-    gemm<A::rows, false>(c, kLanes, c, a.sums, c, {s, kLanes}, y, 2 * ys);
-    gemm<A::rows, false>(h, kLanes, h, a.differences, h, {d, kLanes}, y + ys, 2 * ys);
+    product<A::rows>(c, a.sums, s, kLanes, y, 2 * ys);
+    product<A::rows>(h, a.differences, d, kLanes, y + ys, 2 * ys);
   } else if (level + 1 == a.levels && a.small) {
     half<Step::two>(h, Folded<false>{x, xs, N - 1}, Stored{y, 2 * ys});
     half<Step::four>(h, Folded<true>{x, xs, N - 1}, Stored{y + ys, 2 * ys});
@@ -301,8 +316,8 @@ inline void back(const Axis& a, int level, const float* x, int64_t xs, float* y,
   if (level == a.levels) {
     if (a.small) return whole<Step::back>(N, Plain{x, xs}, Stored{y, ys});
     float *s = work, *d = work + c * kLanes;
-    gemm<A::columns, false>(c, kLanes, c, a.sums, c, {x, 2 * xs}, s, kLanes);
-    gemm<A::columns, false>(h, kLanes, h, a.differences, h, {x + xs, 2 * xs}, d, kLanes);
+    product<A::columns>(c, a.sums, x, 2 * xs, s, kLanes);
+    product<A::columns>(h, a.differences, x + xs, 2 * xs, d, kLanes);
     for (int64_t n = 0; n < h; ++n) {
       const f32 u = load(s + n * kLanes), v = load(d + n * kLanes);
       store(y + n * ys, u + v);
@@ -342,7 +357,7 @@ inline void four(const Axis& a, int level, const float* x, int64_t xs, float* y,
   const int64_t M = a.n >> level, h = M / 2;
   if (level == a.levels) {
     if (a.small) half<Step::four>(M, Plain{x, xs}, Stored{y, ys});
-    else gemm<A::rows, false>(M, kLanes, M, a.fourth, M, {x, xs}, y, ys);
+    else product<A::rows>(M, a.fourth, x, xs, y, ys);
     return;
   }
   const float* turns = a.turns[level];
