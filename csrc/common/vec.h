@@ -111,6 +111,16 @@ inline u16 from_f32(f32 x, f16) {
 }
 #endif
 
+// x, rounded where it stands: not part of a fused multiply-add.
+inline f32 unfused(f32 x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 inline f32 load(const float* p) { return load_as<f32>(p); }
 inline f32 load(const bf16* p) { return to_f32(load_as<u16>(p), bf16{}); }
 inline f32 load(const f16* p) { return to_f32(load_as<u16>(p), f16{}); }

@@ -264,7 +264,7 @@ struct BackwardRows {
         if constexpr (own) gain = 1.0f + get(scale[r] + j);
         if constexpr (own && residual) gates = get(gate[r] + j);
         const f32 normal = (get(x[r] + j) - z[r].guess) * z[r].rstd - rest[r], dhj = get(dh[r] + j);
-        f32 dz = (dhj * gain - mean_g[r] - normal * mean_gn[r]) * z[r].rstd;
+        f32 dz = (unfused(dhj * gain) - mean_g[r] - normal * mean_gn[r]) * z[r].rstd;  // 0 for a row of one element
         if (dout[r]) dz += get(dout[r] + j);
         store_n(dx[r] + j, dz, count, a.stream);
         all += dhj;
@@ -295,7 +295,7 @@ struct BackwardRows {
     if constexpr (own) return;
     if (residual && a.dgate.data && a.m.gate.token)
       each(a.dgate, [&](int64_t j, const auto& get) {
-        const f32 dz = (get(dh + j) * get(c.gain + j) - mean_g - normal(j, get) * mean_gn) * z.rstd;
+        const f32 dz = (unfused(get(dh + j) * get(c.gain + j)) - mean_g - normal(j, get) * mean_gn) * z.rstd;
         return (dout ? dz + get(dout + j) : dz) * get(y + j);
       });
     if (a.dscale.data && a.m.scale.token)
