@@ -175,7 +175,7 @@ void backward(const Shape& s, const Backward& a, float* sums, int64_t begin, int
         const float mean = k.mean[c], rstd = k.rstd[c], rest = k.rest[c], gain = k.gain[c], offset = k.offset[c];
         for_vectors(s.P, [&](int64_t j, const auto& get, const auto&, int n) {
           const f32 normal = (get(x + j) - mean) * rstd - rest, d = through<silu>(get(dy + j), normal * gain + offset);
-          store_n(dx + j, (d * gain - m - normal * mn) * rstd, n, a.stream);
+          store_n(dx + j, (unfused(d * gain) - m - normal * mn) * rstd, n, a.stream);
         });
       }
     }
@@ -317,7 +317,7 @@ void pixel_backward(const Shape& s, const Backward& a, int64_t b, int64_t begin,
         for (int i = 0; i < pixels; ++i) {
           const f32 normal = (get(row<T>(a.x, b, p + i) + j) - mean) * rstd - rest;
           const f32 d = through<silu>(get(row<T>(a.dy, b, p + i) + j), normal * gain + offset);
-          store_n(dx + i * s.C + j, (d * gain - g - normal * gn) * rstd, n, a.stream);
+          store_n(dx + i * s.C + j, (unfused(d * gain) - g - normal * gn) * rstd, n, a.stream);
         }
       });
     });
