@@ -80,11 +80,29 @@ def models(records):
     return "\n".join(lines) + "\n"
 
 
+def patches(records):
+    """A row per patch of the patched U-Net, on 2 threads: time and extra memory of a step, and multiply-adds, over those of 1 pixel."""
+    runs = {(r["shape"]["patch"], r["pass"]): r for r in records
+            if r["op"] == "models" and r["threads"] == 2 and "published_gmac" in r["shape"]}
+    if any((1, p) not in runs for p in PASSES):
+        return ""
+    head = ["patched U-Net, 256 pixels, a quarter of the paper's width", "forward", "training step", "extra memory of it",
+            "multiply-adds, published"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for patch in sorted({patch for patch, _ in runs}):
+        forward, both = ([runs[n, p] for n in (patch, 1)] for p in PASSES)
+        cells = [(forward, "ours_ms", "{:.0f} ms, "), (both, "ours_ms", "{:.0f} ms, "), (both, "peak_bytes", "{:.3g} bytes, ")]
+        texts = [form.format(mine[key]) + f"1/{first[key] / mine[key]:.1f}" for (mine, first), key, form in cells]
+        gmac = forward[1]["shape"]["published_gmac"] / forward[0]["shape"]["published_gmac"]
+        lines.append(_row([f"patches of {patch}", *texts, f"1/{gmac:.1f}"]))
+    return "\n".join(lines) + "\n\n"
+
+
 def readme(text, records):
     """README with the tables of these records between its marks."""
     before, rest = text.split(BEGIN)
     after = rest[rest.index(END):]
-    return f"{before}{BEGIN}\n{ops(records)}\n{models(records)}\n{after}"
+    return f"{before}{BEGIN}\n{ops(records)}\n{models(records)}\n{patches(records)}{after}"
 
 
 def rows(document):
