@@ -46,7 +46,10 @@ inline bool is_native_float(const torch::stable::Tensor& x) {
 // known): from there on writing past it is faster (1.2 times at 9 MB, 1.8 times at 19 MB, of 32 MB that other cores use too, on Zen 4).
 inline bool past_caches(const torch::stable::Tensor& out, int64_t arrays) {
   static const int64_t share = [] {
-    const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    int64_t bytes = 0;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
     return (bytes > 0 ? bytes : int64_t{32} << 20) / 4;
   }();
   return arrays * out.numel() * static_cast<int64_t>(out.element_size()) > share;
