@@ -24,9 +24,11 @@ def entered(document, new):
     """document with the records of `new`, which take the place of older ones of the same runs."""
     key = lambda record: tuple(record[name] for name in report.KEY)
     records = {key(r): r for r in (*document["records"], *new["records"])}
-    commands = [c for c in document["command"].split(" ; ") if c != new["command"]]
+    runs = dict(zip(document["command"].split(" ; "), document["ceilings"], strict=True))  # ceilings of each command
+    runs.pop(new["command"], None)
+    runs[new["command"]] = new["ceilings"]
     return document | {"machine": new["machine"], "versions": document["versions"] | new["versions"], "records": list(records.values()),
-                       "command": " ; ".join((*commands, new["command"])), "ceilings": document["ceilings"] + new["ceilings"]}
+                       "command": " ; ".join(runs), "ceilings": list(runs.values())}
 
 
 def _row(cells):
@@ -91,8 +93,8 @@ def patches(records):
     lines = [_row(head), _row(["---"] * len(head))]
     for patch in sorted({patch for patch, _ in runs}):
         forward, both = ([runs[n, p] for n in (patch, 1)] for p in PASSES)
-        cells = [(forward, "ours_ms", "{:.0f} ms, "), (both, "ours_ms", "{:.0f} ms, "), (both, "peak_bytes", "{:.3g} bytes, ")]
-        texts = [form.format(mine[key]) + f"1/{first[key] / mine[key]:.1f}" for (mine, first), key, form in cells]
+        cells = [(forward, "ours_ms", 1, "ms"), (both, "ours_ms", 1, "ms"), (both, "peak_bytes", 1e6, "MB")]
+        texts = [f"{mine[key] / unit:.0f} {name}, 1/{first[key] / mine[key]:.1f}" for (mine, first), key, unit, name in cells]
         gmac = forward[1]["shape"]["published_gmac"] / forward[0]["shape"]["published_gmac"]
         lines.append(_row([f"patches of {patch}", *texts, f"1/{gmac:.1f}"]))
     return "\n".join(lines) + "\n\n"
