@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "ops/dct/split.h"
 
 namespace fastdiff::dct::FASTDIFF_ISA {
@@ -5,21 +7,25 @@ namespace {
 
 // The factor of element 0 beside the others, which the sums of split.h leave out.
 constexpr float kFirst = 0x1.6a09e6p-1f;
-// Up to this distance between rows columns are read and written where they are; beyond, a row apart is a page apart.
-constexpr int64_t kNear = 2048;
-constexpr int64_t kAhead = 16;
+// Columns pass between memory and their transforms in groups of strips, row by row, so that memory sees runs long enough for the
+// processor to fetch ahead of them: a whole plane at once up to this many floats, and four cache lines of a row at least.
+constexpr int64_t kGroup = 1 << 13;
+constexpr int64_t kLines = 4;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int64_t longest(const Problem& p) { return padded(p.h > p.w ? p.h : p.w); }
 int64_t strips(const Problem& p) { return vectors(p.w); }
 int64_t blocks(const Problem& p) { return vectors(p.h); }
+int64_t group(const Problem& p) { return std::clamp(kGroup / (p.h * kLanes), least(kLines, strips(p)), strips(p)); }
 
 // The image: strips of kLanes columns, each a vector for every row, up to whole blocks of kLanes rows.
-int64_t plane_floats(const Problem& p) { return p.columns ? padded(p.h) * padded(p.w) : 0; }
+int64_t tall(const Problem& p) { return padded(p.h) * kLanes; }
+int64_t plane_floats(const Problem& p) { return p.columns ? tall(p) * strips(p) : 0; }
 int64_t image(const Problem& p) { return (p.eps ? 2 : 1) * plane_floats(p); }
-// Three lines of vectors, one per element of a row or column, and the two that split.h works with.
-int64_t scratch(const Problem& p) { return 5 * longest(p) * kLanes; }
+// Three lines of vectors, one per element of a row, or a group of columns; and the two lines that split.h works with.
+int64_t lines(const Problem& p) { return std::max(3 * longest(p) * kLanes, p.columns ? group(p) * tall(p) : 0); }
+int64_t scratch(const Problem& p) { return lines(p) + 2 * longest(p) * kLanes; }
 
 // line[j] = column j of the `rows` rows of tiles of kLanes columns: row r of tile t at row(r) + t * step. Zeros in rows beyond.
 template <class F>
@@ -71,61 +77,76 @@ struct Plane {
 
   Plane(const Problem& p, int64_t plane, float* image, float* scratch) : p(p), plane(plane), image(image) {
     const int64_t line = longest(p) * kLanes;
-    a = scratch, b = a + line, c = b + line, work = c + line;
+    a = scratch, b = a + line, c = b + line, work = a + lines(p);
   }
 
   int64_t first() const { return plane * p.h * p.w; }
   int64_t rows() const { return p.columns ? p.h : least(p.h, p.rows - plane * p.h); }
   const T* input(const void* x) const { return x ? static_cast<const T*>(x) + first() : nullptr; }
   T* output() const { return static_cast<T*>(p.y) + first(); }
-  float* strip(float* z, int64_t s) const { return z + s * padded(p.h) * kLanes; }
-  bool near(int64_t s) const { return sizeof(T) == 4 && (s + 1) * kLanes <= p.w && p.w * int64_t{sizeof(T)} <= kNear; }
+  float* strip(float* z, int64_t s) const { return z + s * tall(p); }
 
-  void enter(const T* x, float* z, int64_t s) const {
-    float* to = strip(z, s);
-    x += s * kLanes;
-    if (near(s)) {
-      two(p.along_h, 0, reinterpret_cast<const float*>(x), p.w, to, kLanes, work);
-    } else {
-      for_vectors(least(kLanes, p.w - s * kLanes), [&](int64_t, const auto& get, const auto&, int) {
-        for (int64_t i = 0; i < p.h; ++i) {
-          __builtin_prefetch(x + (i + kAhead) * p.w);
-          store(a + i * kLanes, get(x + i * p.w));
-        }
-      });
-      two(p.along_h, 0, a, kLanes, to, kLanes, work);
+  // f(row i of strip s in the group, its vector in a, how many of its lanes are the plane's) row by row.
+  template <class F>
+  void each(int64_t begin, int64_t end, const F& f) const {
+    const int64_t whole = least(end, p.w / kLanes);
+    for (int64_t i = 0; i < p.h; ++i) {
+      float* at = a + i * kLanes;
+      const int64_t row = i * p.w;
+      for (int64_t s = begin; s < whole; ++s, at += tall(p)) f(row + s * kLanes, at, kLanes);
+      if (whole < end) f(row + whole * kLanes, at, static_cast<int>(p.w - whole * kLanes));
     }
-    store(to, load(to) * kFirst);
-    for (int64_t i = p.h; i < padded(p.h); ++i) store(to + i * kLanes, f32{});
   }
 
-  void leave(int64_t s) const {
-    float* from = strip(image, s);
-    T* y = output() + s * kLanes;
-    store(from, load(from) * kFirst);
-    const T* noise = p.kind == Kind::separable ? input(p.noise) : nullptr;
-    if (near(s) && !noise) return back(p.along_h, 0, from, kLanes, reinterpret_cast<float*>(y), p.w, work);
-    back(p.along_h, 0, from, kLanes, a, kLanes, work);
-    const float sigma = noise ? p.sigma[plane / p.channels] : 0.0f;
-    for_vectors(least(kLanes, p.w - s * kLanes), [&](int64_t, const auto& get, const auto& put, int) {
-      if (noise)
-        for (int64_t i = 0; i < p.h; ++i) put(y + i * p.w, load(a + i * kLanes) + get(noise + s * kLanes + i * p.w) * sigma);
-      else
-        for (int64_t i = 0; i < p.h; ++i) put(y + i * p.w, load(a + i * kLanes));
-    });
+  void enter(const T* x, float* z, int64_t begin, int64_t end) const {
+    each(begin, end, [&](int64_t from, float* to, int n) { store(to, n == kLanes ? load(x + from) : load_n(x + from, n)); });
+    for (int64_t s = begin; s < end; ++s) {
+      float* to = strip(z, s);
+      two(p.along_h, 0, a + (s - begin) * tall(p), kLanes, to, kLanes, work);
+      store(to, load(to) * kFirst);
+      for (int64_t i = p.h; i < padded(p.h); ++i) store(to + i * kLanes, f32{});
+    }
+  }
+
+  void leave(int64_t begin, int64_t end) const {
+    for (int64_t s = begin; s < end; ++s) {
+      float* from = strip(image, s);
+      store(from, load(from) * kFirst);
+      back(p.along_h, 0, from, kLanes, a + (s - begin) * tall(p), kLanes, work);
+    }
+    T* y = output();
+    const auto put = [&](int64_t to, f32 v, int n) { n == kLanes ? store(y + to, v) : store_n(y + to, v, n); };
+    if (const T* noise = p.kind == Kind::separable ? input(p.noise) : nullptr) {
+      const float sigma = p.sigma[plane / p.channels];
+      each(begin, end, [&](int64_t to, const float* from, int n) {
+        put(to, load(from) + (n == kLanes ? load(noise + to) : load_n(noise + to, n)) * sigma, n);
+      });
+    } else {
+      each(begin, end, [&](int64_t to, const float* from, int n) { put(to, load(from), n); });
+    }
   }
 
   // The rows of block n to lines, from x or from where columns have been transformed to.
   void take(const T* x, float* z, int64_t n, float* line) const {
     if (p.columns && p.kind != Kind::inverse)
-      return gather(padded(p.w), kLanes, [=, from = z + n * kLanes * kLanes](int r) { return from + r * kLanes; }, padded(p.h) * kLanes, 1.0f, line);
-    gather(p.w, rows() - n * kLanes, [=, this](int r) { return x + (n * kLanes + r) * p.w; }, kLanes, 1.0f, line);
+      return gather(padded(p.w), kLanes, [=, from = z + n * kLanes * kLanes](int r) { return from + r * kLanes; }, tall(p), 1.0f, line);
+    each_row(n, work, [x](int64_t from, float* to, const auto& get, const auto&) { store(to, get(x + from)); });
+    gather(padded(p.w), kLanes, [this](int r) { return work + r * padded(p.w); }, kLanes, 1.0f, line);
+  }
+
+  // f(element of the plane, its place in rows of whole vectors, load, store) for the rows of block n, as memory has them.
+  template <class F>
+  void each_row(int64_t n, float* lines, const F& f) const {
+    const int64_t begin = n * kLanes, end = least(rows(), begin + kLanes);
+    for (int64_t r = begin; r < end; ++r)
+      for_vectors(p.w, [&](int64_t j, const auto& get, const auto& put, int) { f(r * p.w + j, lines + (r - begin) * padded(p.w) + j, get, put); });
   }
 
   void give(int64_t n, const float* line, float scale) const {
     if (p.columns && p.kind != Kind::forward)
-      return scatter(padded(p.w), kLanes, line, scale, image + n * kLanes * kLanes, kLanes, padded(p.h) * kLanes);
-    scatter(p.w, rows() - n * kLanes, line, scale, output() + n * kLanes * p.w, p.w, kLanes);
+      return scatter(padded(p.w), kLanes, line, scale, image + n * kLanes * kLanes, kLanes, tall(p));
+    scatter(padded(p.w), kLanes, line, scale, c, padded(p.w), kLanes);
+    each_row(n, c, [y = output()](int64_t to, const float* from, const auto&, const auto& put) { put(y + to, load(from)); });
   }
 
   void forward(const float* x, float* y) const {
@@ -190,13 +211,13 @@ struct Plane {
 template <class T>
 void run_typed(const Problem& p, int64_t plane, Phase phase, int64_t begin, int64_t end, float* image, float* scratch) {
   const Plane<T> part(p, plane, image, scratch);
-  for (int64_t i = begin; i < end; ++i) {
-    if (phase == Phase::rows) part.block(i);
-    else if (phase == Phase::leave) part.leave(i);
-    else {
-      part.enter(part.input(p.x), image, i);
-      if (p.eps) part.enter(part.input(p.eps), image + plane_floats(p), i);
-    }
+  if (phase == Phase::enter) {
+    part.enter(part.input(p.x), image, begin, end);
+    if (p.eps) part.enter(part.input(p.eps), image + plane_floats(p), begin, end);
+  } else if (phase == Phase::leave) {
+    part.leave(begin, end);
+  } else {
+    for (int64_t n = begin; n < end; ++n) part.block(n);
   }
 }
 
@@ -211,6 +232,6 @@ void run(const Problem& p, int64_t plane, Phase phase, int64_t begin, int64_t en
 
 }  // namespace
 
-const Kernels kernels{strips, blocks, image, scratch, arrange, run};
+const Kernels kernels{strips, blocks, group, image, scratch, arrange, run};
 
 }  // namespace fastdiff::dct::FASTDIFF_ISA

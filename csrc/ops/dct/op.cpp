@@ -18,6 +18,7 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kRowsOfAnItem = 64;  // where rows alone are transformed
+constexpr int64_t kItem = 1 << 14;     // floats: an item is several small planes
 constexpr int64_t kPlane = 1 << 18;    // floats; a larger one is shared by the threads
 
 struct Tables {
@@ -101,24 +102,31 @@ struct Call {
   void run() const {
     const Kernels& kernels = pick_kernels();
     const int64_t image = kernels.image(p), scratch = kernels.scratch(p), strips = kernels.strips(p), blocks = kernels.blocks(p);
+    const int64_t group = kernels.group(p), groups = (strips + group - 1) / group;
     const bool enters = p.columns && p.kind != Kind::inverse, leaves = p.columns && p.kind != Kind::forward;
+    const auto part = [&](int64_t plane, Phase phase, int64_t i, float* own, float* rest) {
+      if (phase == Phase::rows) kernels.run(p, plane, phase, i, i + 1, own, rest);
+      else kernels.run(p, plane, phase, i * group, std::min(strips, (i + 1) * group), own, rest);
+    };
+    const auto phases = [&](const auto& each) {
+      if (enters) each(Phase::enter, groups);
+      each(Phase::rows, blocks);
+      if (leaves) each(Phase::leave, groups);
+    };
     if (image <= kPlane) {
-      return for_items(p.planes, image + scratch, [&](int64_t plane, float* own) {
-        float* rest = own + image;
-        if (enters) kernels.run(p, plane, Phase::enter, 0, strips, own, rest);
-        kernels.run(p, plane, Phase::rows, 0, blocks, own, rest);
-        if (leaves) kernels.run(p, plane, Phase::leave, 0, strips, own, rest);
+      const int64_t several = std::clamp<int64_t>(kItem / (p.h * p.w), 1, std::max<int64_t>(1, p.planes / (4 * torch::stable::get_num_threads())));
+      return for_items((p.planes + several - 1) / several, image + scratch, [&](int64_t item, float* own) {
+        for (int64_t plane = item * several; plane < std::min(p.planes, (item + 1) * several); ++plane)
+          phases([&](Phase phase, int64_t count) {
+            for (int64_t i = 0; i < count; ++i) part(plane, phase, i, own, own + image);
+          });
       });
     }
     const Buffer shared = allocate(image);
-    for (int64_t plane = 0; plane < p.planes; ++plane) {
-      const auto each = [&](Phase phase, int64_t count) {
-        for_items(count, scratch, [&](int64_t i, float* own) { kernels.run(p, plane, phase, i, i + 1, shared.get(), own); });
-      };
-      if (enters) each(Phase::enter, strips);
-      each(Phase::rows, blocks);
-      if (leaves) each(Phase::leave, strips);
-    }
+    for (int64_t plane = 0; plane < p.planes; ++plane)
+      phases([&](Phase phase, int64_t count) {
+        for_items(count, scratch, [&](int64_t i, float* own) { part(plane, phase, i, shared.get(), own); });
+      });
   }
 };
 

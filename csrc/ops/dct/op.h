@@ -55,8 +55,8 @@ struct Problem {
 enum class Phase { enter, rows, leave };
 
 struct Kernels {
-  // Strips of columns, and blocks of rows; floats of an image, and of what an item needs beside it.
-  int64_t (*strips)(const Problem&), (*blocks)(const Problem&), (*image)(const Problem&), (*scratch)(const Problem&);
+  // Strips of columns, blocks of rows, and most strips of a call; floats of an image, and of what an item needs beside it.
+  int64_t (*strips)(const Problem&), (*blocks)(const Problem&), (*group)(const Problem&), (*image)(const Problem&), (*scratch)(const Problem&);
   void (*arrange)(const Problem&, const float* gain, float* arranged);  // padded rows x padded columns
   void (*run)(const Problem&, int64_t plane, Phase, int64_t begin, int64_t end, float* image, float* scratch);
 };
