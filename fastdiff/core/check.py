@@ -128,6 +128,13 @@ def option(op, name, value, choices):
     return value
 
 
+def flag(op, name, value):
+    """value, if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} wants a bool, got {value!r}")
+    return value
+
+
 def number(op, name, value, *, least=-float("inf")):
     """value, if it is a number, at least `least` and finite."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -4,7 +4,7 @@ import torch
 
 from ...core import native
 from ...core.backend import cpu, cuda
-from ...core.check import dims, fail, lengths, lengths_within, tensor
+from ...core.check import dims, fail, flag, lengths, lengths_within, tensor
 from ...core.contract import contract
 from . import reference, triton
 
@@ -157,8 +157,7 @@ BACKWARD.vmap(_vmap_backward)
 
 
 def _options(bias, causal, scale):
-    if not isinstance(causal, bool):
-        raise TypeError(f"attention: causal wants a bool, got {causal!r}")
+    flag("attention", "causal", causal)
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat)):
         raise TypeError(f"attention: scale wants a float or None, got {scale!r}")
     if bias is not None and tensor("attention", "bias", bias).dim() < 4:

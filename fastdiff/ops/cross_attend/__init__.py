@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ...core import backend, jit, native
-from ...core.check import dims, fail, integers, lengths, lengths_within, pair, tensor
+from ...core.check import dims, fail, flag, integers, lengths, lengths_within, number, pair, tensor
 from ...core.contract import contract, into, without_autocast
 from ...core.softmax import LOW
 from . import reference, triton
@@ -456,10 +456,7 @@ def cross_attend(target, source, q_weight, k_weight, v_weight, out_weight, *, he
     for name, x in needed.items():
         tensor(op, name, x)
     (heads,) = integers(op, "heads", heads)
-    if not isinstance(residual, bool):
-        raise TypeError(f"{op}: residual wants a bool, got {residual!r}")
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or eps < 0:
-        raise TypeError(f"{op}: eps wants a float of at least 0, got {eps!r}")
+    eps, residual = number(op, "eps", eps, least=0), flag(op, "residual", residual)
     norms = (*pair(op, "target_norm", target_norm), *pair(op, "source_norm", source_norm))
     with without_autocast(target):
-        return CROSS(*needed.values(), q_bias, k_bias, v_bias, out_bias, *norms, key_lengths, heads, float(eps), residual)[0]
+        return CROSS(*needed.values(), q_bias, k_bias, v_bias, out_bias, *norms, key_lengths, heads, eps, residual)[0]

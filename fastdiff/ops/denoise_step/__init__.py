@@ -3,7 +3,7 @@
 import torch
 
 from ...core.backend import cpu
-from ...core.check import dims, fail, option, pair, tensor
+from ...core.check import dims, fail, flag, option, pair, tensor
 from ...core.contract import constant, contract
 from . import reference, triton
 
@@ -87,9 +87,8 @@ def _add_noise_backward(ctx, dz):
 
 
 def _add_noise_jvp(ctx, *tangents):
-    x, noise, signal, sigma = ctx.saved_tensors
-    given = zip(tangents, ctx.saved_tensors, strict=True)
-    dx, dnoise, dsignal, dsigma = (torch.zeros_like(p) if d is None else d for d, p in given)
+    x, noise, signal, sigma = args = ctx.saved_tensors
+    dx, dnoise, dsignal, dsigma = (torch.zeros_like(p) if d is None else d for d, p in zip(tangents, args, strict=True))
     return (_scaled(signal, dx) + _scaled(sigma, dnoise)) + (_scaled(dsignal, x) + _scaled(dsigma, noise))
 
 
@@ -214,8 +213,7 @@ def guide(cond, uncond, weight, *, rescale=0.0):
 
 def _step_arguments(op, x, pred, coefficients, prediction, clip, noise, variance, rederive):
     option(op, "prediction", prediction, _PREDICTIONS)
-    if rederive is not True and rederive is not False:
-        raise TypeError(f"{op}: rederive wants a bool, got {rederive!r}")
+    flag(op, "rederive", rederive)
     if clip is not None:
         if type(clip) is not float and not _number(clip):
             raise TypeError(f"{op}: clip wants a float or None, got {clip!r}")

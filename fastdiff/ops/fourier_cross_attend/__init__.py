@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ...core.backend import cpu
-from ...core.check import dims, fail, integers, option, pair, tensor
+from ...core.check import dims, fail, flag, integers, number, option, pair, tensor
 from ...core.contract import contract, without_autocast
 from ..linear import linear
 from . import reference, triton
@@ -107,16 +107,13 @@ def _check(latents, image, q_weight, k_weight, v_weight, out_weight, biases, nor
     for name, axis in (("q_weight", "A"), ("v_weight", "V")):
         if sizes[axis] % heads:
             fail(op, f"heads wants a divisor of {name}'s {sizes[axis]} rows, got {heads}")
-    if residual and sizes["O"] != sizes["D"]:
+    if flag(op, "residual", residual) and sizes["O"] != sizes["D"]:
         fail(op, f"out_weight wants O = D = {sizes['D']} rows for the residual, got {tuple(out_weight.shape)}")
-    if not isinstance(residual, bool):
-        raise TypeError(f"{op}: residual wants a bool, got {residual!r}")
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or eps < 0:
-        raise TypeError(f"{op}: eps wants a float of at least 0, got {eps!r}")
+    number(op, "eps", eps, least=0)
     each = tuple(max_freq) if isinstance(max_freq, tuple | list) else (max_freq,) * space
-    if len(each) != space or not all(isinstance(f, int | float) and not isinstance(f, bool) for f in each):
-        raise TypeError(f"{op}: max_freq wants a float or {space} of them, got {max_freq!r}")
-    return tuple(float(f) for f in each)
+    if len(each) != space:
+        fail(op, f"max_freq wants a float or {space} of them, got {max_freq!r}")
+    return tuple(number(op, "max_freq", f) for f in each)
 
 
 def _scale(image, grid, eps):

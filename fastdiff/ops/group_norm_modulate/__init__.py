@@ -3,7 +3,7 @@
 import torch
 
 from ...core.backend import cpu
-from ...core.check import beside, dims, fail, integers, number, tensor
+from ...core.check import beside, dims, fail, flag, integers, number, tensor
 from ...core.contract import contract
 from . import reference, triton
 
@@ -84,9 +84,7 @@ def group_norm_modulate(x, groups, weight, bias, scale=None, shift=None, *, eps=
     op = "group_norm_modulate"
     if tensor(op, "x", x).dim() - 2 not in _LAYOUTS:
         fail(op, f"x wants 3 to 5 dimensions (B, C, 1 to 3 of space), got {x.dim()}: {tuple(x.shape)}")
-    if not isinstance(silu, bool):
-        raise TypeError(f"{op}: silu wants a bool, got {silu!r}")
     (groups,) = integers(op, "groups", groups, 1)
-    args = (x, groups, weight, bias, scale, shift, number(op, "eps", eps, least=0), silu)
+    args = (x, groups, weight, bias, scale, shift, number(op, "eps", eps, least=0), flag(op, "silu", silu))
     y = FORWARD.eager(args, optional=args[2:6])
     return FORWARD(*args)[0] if y is None else y

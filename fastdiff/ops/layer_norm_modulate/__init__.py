@@ -93,10 +93,9 @@ def _gate_backward(ctx, dout):
 
 
 def _both_backward(ctx, dout, dh):
-    if dh is None:
-        _, y, gate, *_ = ctx.saved_tensors
-        return *((None,) * 3 if dout is None else _kept((dout, *GATE_BACKWARD(dout, y, gate)), ctx.wants[:3])), *(None,) * 5
     out, y, gate, *modulation = ctx.saved_tensors
+    if dh is None:
+        return *((None,) * 3 if dout is None else _kept((dout, *GATE_BACKWARD(dout, y, gate)), ctx.wants[:3])), *(None,) * 5
     return *_through_norm(dh, dout, out, y, gate, modulation, ctx.args[7], list(ctx.wants[:7])), None
 
 

@@ -50,11 +50,10 @@ def _backward(ctx, dout, dlse):
     return BACKWARD(torch.zeros_like(args[0]) if dout is None else dout, dlse, *args)
 
 
-def _jvp(ctx, da, dlse_a, db, dlse_b):
-    out_a, lse_a, out_b, lse_b = ctx.saved_tensors
+def _jvp(ctx, *tangents):
+    out_a, lse_a, out_b, lse_b = args = ctx.saved_tensors
+    da, dlse_a, db, dlse_b = (torch.zeros_like(x) if d is None else d for d, x in zip(tangents, args, strict=True))
     a, b, _ = reference.weights(lse_a, lse_b)
-    da, dlse_a, db, dlse_b = (torch.zeros_like(x) if d is None else d
-                              for d, x in zip((da, dlse_a, db, dlse_b), ctx.saved_tensors, strict=True))
     spread = lambda w: w.unsqueeze(-1).to(out_a.dtype)
     return spread(a) * da + spread(b) * db + spread(a * b * (dlse_a - dlse_b)) * (out_a - out_b), a * dlse_a + b * dlse_b
 
