@@ -12,6 +12,9 @@ constexpr int kRows = 6, kPanel = kRegisters == 32 ? 4 : 2;
 
 inline int vectors(int64_t columns) { return static_cast<int>((columns + kLanes - 1) / kLanes); }
 inline int64_t padded(int64_t columns) { return int64_t{vectors(columns)} * kLanes; }
+// A row in scratch: one vector more than whole ones, so that the rows of a column do not fall onto the same cache sets.
+inline int64_t line(int64_t n) { return padded(n) + kLanes; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Columns in panels of at most kPanel vectors, as even as they go: 17 vectors are 4 + 4 + 3 + 3 + 3.
 struct Panels {

@@ -6,7 +6,7 @@ namespace {
 // Scratch of an item, in floats. dq, dk, dv: sums while the item runs, used where they do not go to a partial buffer.
 struct Layout {
   int64_t width, v_width, stride, stats, kt, vt, rows_of_pairs, k, q, dout, as_pairs, s, ds, ds_pairs, dq, dk, dv, total;
-  Layout(const Problem& p, const Plan& plan) : width(padded(p.E)), v_width(padded(p.V)), stride(score_stride(plan)) {
+  Layout(const Problem& p, const Plan& plan) : width(padded(p.E)), v_width(padded(p.V)), stride(line(plan.key_block)) {
     const int64_t keys = plan.key_block, rows = plan.query_block, columns = padded(keys);
     stats = 0;
     kt = stats + padded(plan.query_rows * 5);

@@ -15,11 +15,7 @@ inline T* row(const View& x, int64_t b, int64_t h, int64_t s) {
   return static_cast<T*>(x.data) + b * x.b + h * x.h + s * x.s;
 }
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Row stride of a block of scores: whole vectors and one more, so that rows do not fall onto the same cache sets.
-inline int64_t score_stride(const Plan& plan) { return padded(plan.key_block) + kLanes; }
 
 // The rows of bias below the block are fetched ahead: they lie pages apart, where no hardware looks for them.
 template <class T>

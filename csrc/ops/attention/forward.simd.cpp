@@ -6,7 +6,7 @@ namespace {
 // Scratch of an item, in floats.
 struct Layout {
   int64_t q_width, width, stride, q, out, maxima, sums, exact, k, rows_of_pairs, v, s, total;
-  Layout(const Problem& p, const Plan& plan) : q_width(padded(p.E)), width(padded(p.V)), stride(score_stride(plan)) {
+  Layout(const Problem& p, const Plan& plan) : q_width(padded(p.E)), width(padded(p.V)), stride(line(plan.key_block)) {
     q = 0;
     out = q + plan.query_rows * q_width;
     maxima = out + plan.query_rows * width;

@@ -7,8 +7,6 @@ namespace {
 
 using namespace fastdiff::FASTDIFF_ISA;
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class T>
 const T* at(const Matrix& m, int64_t i, int64_t k) {
   return static_cast<const T*>(m.data) + i * m.row + k * m.column;
@@ -30,9 +28,6 @@ void pack_panels(int64_t depth, int64_t columns, const T* x, int64_t stride, flo
       }
   }
 }
-
-// A row of x as gemm takes it: one line more than whole vectors, so that the lines of a column do not fall onto the same cache sets.
-inline int64_t line(int64_t n) { return padded(n) + kLanes; }
 
 int64_t scratch(const Plan& plan) {
   const int64_t by_rows = plan.rows * line(plan.depth), by_columns = plan.depth * line(plan.rows);

@@ -7,11 +7,6 @@ namespace {
 
 using namespace fastdiff::FASTDIFF_ISA;
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// A row of patches or of sums: one vector more than whole ones, so that the rows of a column do not fall onto the same cache sets.
-inline int64_t line(int64_t n) { return padded(n) + kLanes; }
-
 // Elements of `q` pixels of `patches` neighbours, between a row of the image and their places in rows of patches.
 template <class T, bool ToRows, int q>
 void runs(int64_t patches, T* image, T* rows, int64_t stride) {
