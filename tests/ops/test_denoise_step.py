@@ -1,12 +1,16 @@
 """What is peculiar to the sampling ops: the published samplers are this step with their coefficients; memory orders; refusals."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastdiff.core.case import Dim, OneOf
 from fastdiff.ops import add_noise, denoise_step, denoise_step_with_x0, guide
 from fastdiff.ops.denoise_step import GUIDE, STEP
+from fastdiff.testing.check import run
+from fastdiff.testing.properties import registered, subjects
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "bits.safetensors"
 
@@ -119,6 +123,14 @@ def test_refusals():
         guide(x, x, 2.0, rescale=1.5)
     with pytest.raises(ValueError, match="add_noise: signal has B = 3, but x has B = 2"):
         add_noise(x, x, torch.ones(3), c)
+
+
+def test_no_samples_of_no_channels():
+    """torch's opcheck cannot copy a tensor with two empty axes by its usual strides."""
+    (subject, _), = subjects("cpu", ["denoise_step"], ["cpu"])
+    sizes = dict(B=Dim(0, 0), C=Dim(0, 0), h=Dim(56, 56), w=Dim(2, 2), form=OneOf("image"))
+    empty = replace(subject, case=replace(subject.case, dims=subject.case.dims | sizes))
+    assert run(registered, empty, count=1).failure is None
 
 
 def test_a_trajectory_rounds_as_plain_pytorch():
