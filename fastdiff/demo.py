@@ -218,7 +218,7 @@ def _there_and_back(process, x):
         back.append(z)
         return x
 
-    return forward, [process.sample(knows, forward[-1], STEPS, prediction="x", progress=False), *reversed(back)]
+    return forward, [process.sample(knows, forward[-1], STEPS, prediction="x"), *reversed(back)]
 
 
 def _heat(x):
@@ -230,7 +230,7 @@ def _heat(x):
         back.append(u)
         return level(k[0].item() - 1) - u
 
-    return [level(k) for k in range(STEPS + 1)], [heat.sample(knows, level(STEPS), progress=False), *reversed(back)]
+    return [level(k) for k in range(STEPS + 1)], [heat.sample(knows, level(STEPS)), *reversed(back)]
 
 
 def _rows(title, paths):

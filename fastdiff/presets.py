@@ -156,11 +156,7 @@ class Blurring(Preset):
 
     def sample(self, model, count, y, weight, device, generator):
         denoiser = self.guided(lambda y: lambda z, t: model(z, 1000 * t, y), y, weight)
-        if device != "cpu":  # the process draws its noise where the image is
-            generator = torch.Generator(device).manual_seed(generator.initial_seed())
-        z = torch.randn((count, *self.image), generator=generator, device=device)
-        with torch.no_grad():
-            return self.decode(self.process.sample(denoiser, z, self.sampled, generator=generator, progress=False))
+        return self.decode(self.process.sample(denoiser, self.noise(count, device, generator), self.sampled, generator=generator))
 
 
 PRESETS = {"rin": LatentRIN, "bit-rin": BitRIN, "patched-unet": Patched, "blurring": Blurring}

@@ -8,36 +8,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
-from ..core.check import fail, option, tensor
+from ..core.check import fail, integers, option, per_sample, tensor
 from ..ops import blur, blur_denoise, blur_diffuse
-
-
-def _wide(x):
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
-def _normal(x, generator):
-    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-
-
-def _whole(op, name, value):
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        fail(op, f"{name} wants an int of at least 1, got {value!r}")
-
-
-def _per_sample(op, name, t, x):
-    if tensor(op, name, t).shape != tensor(op, "x", x).shape[:1]:
-        fail(op, f"{name} wants the shape (B,) = ({x.shape[0]},), got {tuple(t.shape)}")
-    return t
-
-
-def _shown(steps, progress):
-    """The steps, with a bar on a terminal's standard error."""
-    console = Console(stderr=True)
-    return track(steps, "sampling", console=console, transient=True, disable=not (progress and console.is_terminal))
+from .processes import wide
+from .sampling import normal, shown, source
 
 
 @dataclass(frozen=True)
@@ -63,7 +38,8 @@ class BlurringDiffusion:
 
     def diffuse(self, x, noise, t):
         """z_t for images x, noise (B, C, h, w) and times t (B,)."""
-        signal, sigma, width = (s.to(_wide(x)) for s in self.scales(_per_sample("diffuse", "t", t, x)))
+        per_sample("diffuse", x, t=t)
+        signal, sigma, width = (s.to(wide(x)) for s in self.scales(t))
         return blur_diffuse(x, noise, signal, sigma, width, floor=self.floor)
 
     def training_pair(self, x, t=None, noise=None, *, steps=None, generator=None):
@@ -73,12 +49,11 @@ class BlurringDiffusion:
         """
         tensor("training_pair", "x", x)
         if steps is not None:
-            _whole("training_pair", "steps", steps)
+            (steps,) = integers("training_pair", "steps", steps)
         if t is None:
-            options = dict(device=x.device, generator=generator)
-            draw = torch.rand(x.shape[:1], dtype=_wide(x), **options)
+            draw = torch.rand(x.shape[:1], dtype=wide(x), device=source(x, generator), generator=generator).to(x.device)
             t = draw if steps is None else (1 + torch.floor(draw * steps).clamp(max=steps - 1)) / steps
-        noise = _normal(x, generator) if noise is None else noise
+        noise = normal(x, generator) if noise is None else noise
         return self.diffuse(x, noise, t), t, noise
 
     def alpha(self, t, grid):
@@ -108,18 +83,19 @@ class BlurringDiffusion:
 
         One inverse transform makes mean and noise, and colours the noise by frequency.
         """
-        t, s = _per_sample("denoise", "t", t, z), _per_sample("denoise", "s", s, z)
-        return self._step(*(x.to(_wide(z)) for x in (z, predicted, noise)), t, s, prediction).to(z.dtype)
+        per_sample("denoise", z, t=t, s=s)
+        return self._step(*(x.to(wide(z)) for x in (z, predicted, noise)), t, s, prediction).to(z.dtype)
 
     def _step(self, z, predicted, noise, t, s, prediction):
         """In float32 or float64: in half precision the gains of small steps would round to 1."""
         return blur_denoise(z, predicted, noise, *(g.to(z.dtype) for g in self.gains(t, s, z.shape[2:], prediction=prediction)))
 
-    def sample(self, denoiser, z, steps, *, prediction="eps", generator=None, progress=True):
+    @torch.no_grad()
+    def sample(self, denoiser, z, steps, *, prediction="eps", generator=None, progress=False):
         """Images from z (B, C, h, w), standard normal noise: `steps` equal steps from t = 1 to 0.
 
         steps may also be the times themselves, 1-D and falling. denoiser(z, t) predicts eps (or x) from z and times (B,). Between its calls
-        z is kept in float32 where it came in half precision.
+        z is kept in float32 where it came in half precision. generator, progress: as in `diffusion.sample`.
         """
         tensor("sample", "z", z)
         if isinstance(steps, torch.Tensor):
@@ -127,12 +103,12 @@ class BlurringDiffusion:
                 fail("sample", f"steps wants falling times in [0, 1], at least two, got {steps}")
             times = steps.double()
         else:
-            _whole("sample", "steps", steps)
+            (steps,) = integers("sample", "steps", steps)
             times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        dtype, z = z.dtype, z.to(_wide(z))
-        for t, s in _shown(list(pairwise(times.to(z.device).unsqueeze(1))), progress):
+        dtype, z = z.dtype, z.to(wide(z))
+        for t, s in shown(pairwise(times.to(z.device).unsqueeze(1)), len(times) - 1, progress):
             predicted = denoiser(z.to(dtype), t.to(z.dtype).expand(z.shape[0])).to(z.dtype)
-            z = self._step(z, predicted, _normal(z, generator), t, s, prediction)
+            z = self._step(z, predicted, normal(z, generator), t, s, prediction)
         return z.to(dtype)
 
 
@@ -152,7 +128,7 @@ class InverseHeat:
     noise: float = 0.01
 
     def __post_init__(self):
-        _whole("InverseHeat", "levels", self.levels)
+        integers("InverseHeat", "levels", self.levels)
         if not 0 < self.min_width <= self.max_width:
             fail("InverseHeat", f"min_width wants more than 0 and at most max_width = {self.max_width}, got {self.min_width}")
 
@@ -162,11 +138,12 @@ class InverseHeat:
         return torch.cat((logs.new_zeros(1), logs.exp())).to(device)
 
     def _width(self, op, k, x, least=0):
-        if _per_sample(op, "k", k, x).dtype is not torch.int64:
+        per_sample(op, x, k=k)
+        if k.dtype is not torch.int64:
             fail(op, f"k wants int64, got {k.dtype}")
         if not k.is_cuda and k.numel() and not (least <= k.min() and k.max() <= self.levels):
             fail(op, f"k wants levels in [{least}, {self.levels}], got [{k.min()}, {k.max()}]")
-        return self.widths(x.device)[k - least].to(_wide(x))
+        return self.widths(x.device)[k - least].to(wide(x))
 
     def blur(self, x, k):
         """u_k for images x (B, C, h, w) and levels k (B,), int64."""
@@ -180,24 +157,25 @@ class InverseHeat:
         """
         tensor("training_pair", "x", x)
         if k is None:
-            k = torch.randint(1, max(2, self.levels), x.shape[:1], device=x.device, generator=generator)
+            k = torch.randint(1, max(2, self.levels), x.shape[:1], device=source(x, generator), generator=generator).to(x.device)
         less = self._width("training_pair", k, x, least=1)
-        n = _normal(x, generator) if noise is None else noise
+        n = normal(x, generator) if noise is None else noise
         one = torch.ones_like(less)
         y = blur_diffuse(x, n, one, self.noise * one, self._width("training_pair", k, x), floor=0.0)
         return y, k, blur(x, less) - y
 
-    def sample(self, denoiser, u, *, delta=None, generator=None, progress=True):
+    @torch.no_grad()
+    def sample(self, denoiser, u, *, delta=None, generator=None, progress=False):
         """Images from blurred images u = u_K (B, C, h, w): K times u <- u + denoiser(u, k) + delta n, the last time without noise.
 
         denoiser(u, k) predicts the residual from u and levels k (B,), int64. delta is 1.25 self.noise unless given. Between its calls u is
-        kept in float32 where it came in half precision.
+        kept in float32 where it came in half precision. generator, progress: as in `diffusion.sample`.
         """
         tensor("sample", "u", u)
         delta = 1.25 * self.noise if delta is None else delta
-        dtype, u = u.dtype, u.to(_wide(u))
-        for k in _shown(range(self.levels, 0, -1), progress):
+        dtype, u = u.dtype, u.to(wide(u))
+        for k in shown(range(self.levels, 0, -1), self.levels, progress):
             u = u + denoiser(u.to(dtype), torch.full(u.shape[:1], k, dtype=torch.int64, device=u.device))
             if k > 1:
-                u = u + delta * _normal(u, generator)
+                u = u + delta * normal(u, generator)
         return u.to(dtype)

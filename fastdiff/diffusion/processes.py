@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.check import fail, integers, option, tensor
+from ..core.check import fail, integers, option, per_sample, tensor
 from ..ops import add_noise, denoise_step
 from .schedules import simple_cosine_gamma, spaced
 
@@ -47,8 +47,7 @@ class Process:
         return tuple(denoise_step(z, pred, *scales, *weights, prediction=prediction, clip=clip) for weights in ((1.0, 0.0), (0.0, 1.0)))
 
     def _scales(self, x, t):
-        if tensor("process", "t", t).shape != x.shape[:1]:
-            fail("process", f"t wants the shape (B,) = ({x.shape[0]},), got {tuple(t.shape)}")
+        per_sample("process", x, t=t)
         return tuple(s.to(x.device, wide(x)) for s in self.marginal(t))
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from ..core.check import fail, option, tensor
 from ..ops import add_noise, denoise_step, denoise_step_with_x0
@@ -47,7 +49,7 @@ def sample(denoiser, z, plan, *, corrector=None, gradient=None, self_condition=N
     constrain       function of z, applied after every step: what is known of an image is pasted here
     result          "z", or "x0": what the last step thought the data was
     generator       a torch.Generator: one seed, one result
-    progress        a bar, by tqdm
+    progress        a bar, on a terminal or in a notebook
     graph           on a GPU: the step, denoiser included, is captured once and replayed; it must not change shapes or wait for the host
 
     Shapes   z (B, C, ...), any strides -> as z
@@ -71,7 +73,7 @@ def sample(denoiser, z, plan, *, corrector=None, gradient=None, self_condition=N
     draws, last = 0 if corrector is None else corrector.steps, len(times) - 1
     noisy = last if plan.to_noise is None or plan.to_noise[-1] == 0 else last + 1  # steps before this one draw noise
     carried, x0 = torch.zeros_like(z) if self_condition == "x0" else None, None
-    for k, (time, table) in enumerate(_bar(zip(times, tables, strict=True), len(times), progress)):
+    for k, (time, table) in enumerate(shown(zip(times, tables, strict=True), len(times), progress)):
         noises = [normal(z, generator) for _ in range(draws + (plan.to_noise is not None and k < noisy))]
         if graph and k == 1 and last > 1:
             step = _captured(step, z, time, table, carried, *noises)
@@ -81,10 +83,21 @@ def sample(denoiser, z, plan, *, corrector=None, gradient=None, self_condition=N
     return z if result == "z" else x0
 
 
+def source(z, generator):
+    """The device on which randomness for z is drawn: the generator's."""
+    return z.device if generator is None else generator.device
+
+
 def normal(z, generator):
-    """Standard normal noise like z, drawn where the generator is."""
-    device = z.device if generator is None else generator.device
-    return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=device).to(z.device)
+    """Standard normal noise like z."""
+    return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=source(z, generator)).to(z.device)
+
+
+def shown(steps, total, progress):
+    """The steps, with a bar on a terminal's standard error, or in a notebook, if progress."""
+    console = Console(stderr=True)
+    seen = progress and (console.is_terminal or console.is_jupyter)
+    return track(steps, "sampling", total=total, console=console, transient=True) if seen else steps
 
 
 def rows(plan, z):
@@ -114,6 +127,8 @@ def advance(denoiser, plan, corrector, gradient, self_condition, constrain, want
             pred, carried = pred
         if plan.log_ratio is not None:
             pred, v = pred.chunk(2, 1)
+        if gradient is not None and plan.guided == "pred":
+            pred = add_noise(pred, gradient(z, time), torch.ones_like(to_pred), to_pred)
         return pred
 
     moves = 0 if corrector is None else corrector.steps
@@ -121,13 +136,10 @@ def advance(denoiser, plan, corrector, gradient, self_condition, constrain, want
         z = corrector(z, predict(), noise, std, to_score, trust)
     noise = noises[moves] if len(noises) > moves else None
     pred = predict()
-    if gradient is not None:
-        g = gradient(z, time)
-        if plan.guided == "pred":
-            pred = add_noise(pred, g, torch.ones_like(to_pred), to_pred)
-        elif noise is not None:  # to_noise (noise + to_noise g): the mean moves by the variance times g
-            scale = to_noise.view(-1, *(1,) * (z.dim() - 1))
-            noise = noise + (scale if v is None else scale * torch.exp(log_ratio.view_as(scale) * (v + 1) / 4)).to(g.dtype) * g
+    if gradient is not None and plan.guided == "mean" and noise is not None:
+        # to_noise (noise + to_noise g): the mean moves by the variance times g
+        g, scale = gradient(z, time), to_noise.view(-1, *(1,) * (z.dim() - 1))
+        noise = noise + (scale if v is None else scale * torch.exp(log_ratio.view_as(scale) * (v + 1) / 4)).to(g.dtype) * g
     drawn = {} if noise is None else dict(noise=noise, variance=None if v is None else (v, log_ratio))
     to_noise = None if noise is None else to_noise
     x0 = None
@@ -153,14 +165,6 @@ def advance(denoiser, plan, corrector, gradient, self_condition, constrain, want
     if constrain is not None:
         z = constrain(z)
     return z, x0, x0 if self_condition == "x0" else carried
-
-
-def _bar(steps, total, progress):
-    if not progress:
-        return steps
-    from tqdm import tqdm
-
-    return tqdm(steps, total=total)
 
 
 class _captured:

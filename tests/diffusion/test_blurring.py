@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fastdiff import demo, ops
-from fastdiff.diffusion import BlurringDiffusion, InverseHeat
+from fastdiff.diffusion import BlurringDiffusion, Continuous, InverseHeat, ddim, sample
 
 PROCESS = BlurringDiffusion()
 GRID = (6, 9)
@@ -325,6 +325,7 @@ def test_a_bar_on_a_terminal_alone(monkeypatch, capsys, terminal):
     for progress in (True, False):
         PROCESS.sample(lambda z, t: z, x, 2, progress=progress)
         InverseHeat(levels=2).sample(lambda u, k: u, x, progress=progress)
+        sample(lambda z, t: z, x, ddim(Continuous().steps(7)), progress=progress)
         out = capsys.readouterr()
         assert not out.out and ("sampling" in out.err) == (terminal and progress)
 
@@ -333,8 +334,7 @@ def test_refusals():
     x, heat = _randn(2, 3, *GRID), InverseHeat(levels=5)
     for call, words in (
             (lambda: PROCESS.diffuse(x, x, _times(0.5)), "t wants the shape"),
-            (lambda: PROCESS.sample(lambda z, t: z, x, 0), "steps wants an int of at least 1"),
-            (lambda: PROCESS.sample(lambda z, t: z, x, True), "steps wants"),
+            (lambda: PROCESS.sample(lambda z, t: z, x, 0), r"steps wants values in \[1, 2"),
             (lambda: PROCESS.sample(lambda z, t: z, x, _times(0.5, 0.7)), "steps wants falling times"),
             (lambda: PROCESS.sample(lambda z, t: z, x, _times(1.5, 0.7)), "steps wants falling times"),
             (lambda: PROCESS.sample(lambda z, t: z, x, _times(float("nan"), 0.7)), "steps wants falling times"),
@@ -349,3 +349,5 @@ def test_refusals():
             call()
     with pytest.raises(TypeError, match="z wants a torch"):
         PROCESS.sample(lambda z, t: z, None, 2)
+    with pytest.raises(TypeError, match="steps wants an int"):
+        PROCESS.sample(lambda z, t: z, x, True)
