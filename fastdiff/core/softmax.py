@@ -62,7 +62,7 @@ def merge(parts_ptr, tops_ptr, totals_ptr, out_ptr, out_low_ptr, lse_ptr, low_pt
     math    fp32, rounded once; 0 and -inf where no split has a key
     needs   WIDTH a power of two, at least E
     """
-    start, _, i_bh, _, _ = place(M, 1, H, ROWS)
+    start, _, i_bh, i_b, i_h = place(M, 1, H, ROWS)
     o_m = start + tl.arange(0, ROWS)
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -80,7 +80,7 @@ def merge(parts_ptr, tops_ptr, totals_ptr, out_ptr, out_low_ptr, lse_ptr, low_pt
     tl.store(lse_ptr + i_bh * M + o_m, lse, mask=o_m < M)
     tl.store(low_ptr + i_bh * M + o_m, low, mask=o_m < M)
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    store_tile(out_ptr + i_bh // H * out_strides[0] + i_bh % H * out_strides[1], acc, start, out_strides[2], M, ROWS, 0, WIDTH, E)
+    store_tile(out_ptr + i_b * out_strides[0] + i_h * out_strides[1], acc, start, out_strides[2], M, ROWS, 0, WIDTH, E)
     store_low(out_low_ptr, acc, i_bh, start, M, ROWS, 0, WIDTH, E)
 
 
@@ -93,14 +93,12 @@ def add(parts_ptr, y_ptr, B, H, M, splits, y_strides, E: tl.constexpr, WIDTH: tl
     math    fp32, rounded once
     needs   WIDTH a power of two, at least E
     """
-    blocks = tl.cdiv(M, ROWS)
-    pid = tl.program_id(0).to(tl.int64)
-    start, i_bh = pid % blocks * ROWS, pid // blocks
+    start, _, i_bh, i_b, i_h = place(M, 1, H, ROWS)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     for i_s in range(splits):
         i_row = (tl.cast(i_s, tl.int64) * B * H + i_bh) * M
         acc += load_tile(parts_ptr + i_row * E, start, E, M, ROWS, 0, WIDTH, E)
-    store_tile(y_ptr + i_bh // H * y_strides[0] + i_bh % H * y_strides[1], acc, start, y_strides[2], M, ROWS, 0, WIDTH, E)
+    store_tile(y_ptr + i_b * y_strides[0] + i_h * y_strides[1], acc, start, y_strides[2], M, ROWS, 0, WIDTH, E)
 
 
 def by_rows(kernel, y, *args):

@@ -2,6 +2,7 @@
 
 from ...core.backend import triton
 from ...core.jit import OPTIONS, cdiv, jit, load_tile, power_of_two, rows, store_tile, tl
+from ...core.softmax import place
 
 LAUNCH = dict(elements=4096, num_warps=4)  # elements of one side in a program's tile; not tuned on a GPU yet
 
@@ -22,6 +23,12 @@ def _weights(lse_a_ptr, lse_b_ptr, lse_a_strides, lse_b_strides, i_b, i_h, o_m, 
 
 
 @jit
+def _load(x_ptr, strides, i_b, i_h, start, M, ROWS: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
+    """A block of rows of a head, fp32."""
+    return load_tile(x_ptr + i_b * strides[0] + i_h * strides[1], start, strides[2], M, ROWS, 0, WIDTH, E).to(tl.float32)
+
+
+@jit
 def _merge(a_ptr, lse_a_ptr, b_ptr, lse_b_ptr, out_ptr, lse_ptr, H, M, a_strides, lse_a_strides, b_strides, lse_b_strides,
            E: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """out = w_a a + w_b b, lse = log(exp(lse_a) + exp(lse_b)), weights as in `_weights`.
@@ -31,15 +38,11 @@ def _merge(a_ptr, lse_a_ptr, b_ptr, lse_b_ptr, out_ptr, lse_ptr, H, M, a_strides
     math    fp32, rounded once; weights 0 where neither side has a key
     needs   WIDTH a power of two, at least E
     """
-    blocks = tl.cdiv(M, ROWS)
-    pid = tl.program_id(0).to(tl.int64)
-    start, i_bh = pid % blocks * ROWS, pid // blocks
-    i_b, i_h = i_bh // H, i_bh % H
-    o_m = start + tl.arange(0, ROWS)
+    start, _, i_bh, i_b, i_h = place(M, 1, H, ROWS)
+    o_m = start.to(tl.int64) + tl.arange(0, ROWS)
     w_a, w_b, lse = _weights(lse_a_ptr, lse_b_ptr, lse_a_strides, lse_b_strides, i_b, i_h, o_m, M)
     tl.store(lse_ptr + i_bh * M + o_m, lse, mask=o_m < M)
-    a = load_tile(a_ptr + i_b * a_strides[0] + i_h * a_strides[1], start, a_strides[2], M, ROWS, 0, WIDTH, E).to(tl.float32)
-    b = load_tile(b_ptr + i_b * b_strides[0] + i_h * b_strides[1], start, b_strides[2], M, ROWS, 0, WIDTH, E).to(tl.float32)
+    a, b = _load(a_ptr, a_strides, i_b, i_h, start, M, ROWS, WIDTH, E), _load(b_ptr, b_strides, i_b, i_h, start, M, ROWS, WIDTH, E)
     out = w_a[:, None] * a + w_b[:, None] * b
     store_tile(out_ptr + i_bh * M * E, out, start, E, M, ROWS, 0, WIDTH, E)
 
@@ -54,15 +57,11 @@ def _gradients(dout_ptr, dlse_ptr, a_ptr, lse_a_ptr, b_ptr, lse_b_ptr, da_ptr, d
     math    fp32, rounded once
     needs   as in `_merge`
     """
-    blocks = tl.cdiv(M, ROWS)
-    pid = tl.program_id(0).to(tl.int64)
-    start, i_bh = pid % blocks * ROWS, pid // blocks
-    i_b, i_h = i_bh // H, i_bh % H
-    o_m = start + tl.arange(0, ROWS)
+    start, _, i_bh, i_b, i_h = place(M, 1, H, ROWS)
+    o_m = start.to(tl.int64) + tl.arange(0, ROWS)
     w_a, w_b, _ = _weights(lse_a_ptr, lse_b_ptr, lse_a_strides, lse_b_strides, i_b, i_h, o_m, M)
-    dout = load_tile(dout_ptr + i_b * dout_strides[0] + i_h * dout_strides[1], start, dout_strides[2], M, ROWS, 0, WIDTH, E).to(tl.float32)
-    a = load_tile(a_ptr + i_b * a_strides[0] + i_h * a_strides[1], start, a_strides[2], M, ROWS, 0, WIDTH, E).to(tl.float32)
-    b = load_tile(b_ptr + i_b * b_strides[0] + i_h * b_strides[1], start, b_strides[2], M, ROWS, 0, WIDTH, E).to(tl.float32)
+    dout = _load(dout_ptr, dout_strides, i_b, i_h, start, M, ROWS, WIDTH, E)
+    a, b = _load(a_ptr, a_strides, i_b, i_h, start, M, ROWS, WIDTH, E), _load(b_ptr, b_strides, i_b, i_h, start, M, ROWS, WIDTH, E)
     g = tl.sum(dout * (a - b), 1)
     dlse = tl.zeros([ROWS], tl.float32)
     if dlse_ptr is not None:
