@@ -61,8 +61,11 @@ class Contract:
     def __call__(self, *args):
         if self.autocast and _C._is_any_autocast_enabled():
             args = self._cast(args)
-        if self._plain(args):
+        wanted = self._plain(args)
+        if wanted is False:
             return self.run(*args)
+        if wanted and self._backward is not None and (self._applies is None or self._applies(*args)):
+            return self._apply(None, *args)
         for i, name, optional in self._tensors:
             if not (isinstance(args[i], torch.Tensor) or (optional and args[i] is None)):
                 raise TypeError(f"{self.name}: {name} wants a torch.Tensor, got {type(args[i]).__name__}")
@@ -80,17 +83,17 @@ class Contract:
         choose(self.name, self.backends, args).run(args, made)
         return outs
 
-    def eager(self, args, entry=0, optional=()):
+    def eager(self, args, entry=0, optional=(), required=None):
         """The result of a native eager entry, where that is all the call needs; otherwise None.
 
-        args: the contract's required tensors, then what else the entry takes; optional: tensors or None among the latter. It spares a tiny
-        call this class's checks, allocation and choice: the entry recognises plain arguments itself and is silent about others, and where
-        a mode, a transform or autocast is on.
+        args: the contract's required tensors, then what else the entry takes; optional: tensors or None among the latter; required: places
+        in args of tensors, where they are not the contract's. It spares a tiny call this class's checks, allocation and choice: the entry
+        recognises plain arguments itself and is silent about others, and where a mode, a transform or autocast is on.
         """
         if not self._entries or is_compiling() or FORCED.name not in (None, "cpu") or forward_ad._current_level >= 0 or _function_modes():
             return None
         grad = _grad_enabled()
-        for i in self._required:
+        for i in self._required if required is None else required:
             x = args[i]
             if type(x) not in _PLAIN or (grad and x.requires_grad):
                 return None
@@ -100,19 +103,20 @@ class Contract:
         return self._entries[entry](*args)
 
     def _plain(self, args):
-        """Whether torch's dispatcher would add nothing: no tracing, transform, mode, subclass or derivative is involved."""
+        """Whether a derivative is wanted; None where tracing, a transform, a mode, a subclass or a tangent needs torch's dispatcher."""
         if (is_compiling() or _C._are_functorch_transforms_active() or _C._len_torch_dispatch_stack() or _function_modes()
                 or forward_ad._current_level >= 0):
-            return False
-        grad = _grad_enabled()
+            return None
+        grad, wanted = _grad_enabled(), False
         for i, _, optional in self._tensors:
             x = args[i]
             if type(x) in _PLAIN:
-                if (grad and x.requires_grad) or x.is_meta or is_legacy_batchedtensor(x):
-                    return False
+                if x.is_meta or is_legacy_batchedtensor(x):
+                    return None
+                wanted = wanted or (grad and x.requires_grad)
             elif not (optional and x is None):
-                return False
-        return True
+                return None
+        return wanted
 
     def _cast(self, args):
         """As autocast treats matrix products: floating tensors but float64 go to the autocast dtype."""
@@ -135,8 +139,11 @@ class Contract:
         contract = self
 
         def forward(ctx, keyset, *args):
-            with _C._AutoDispatchBelowAutograd():
-                outs = contract.op.redispatch(keyset & _C._after_autograd_keyset, *args)
+            if keyset is None:
+                outs = contract.run(*args)
+            else:
+                with _C._AutoDispatchBelowAutograd():
+                    outs = contract.op.redispatch(keyset & _C._after_autograd_keyset, *args)
             kept = save(ctx, args, outs)
             ctx.save_for_backward(*kept)
             ctx.save_for_forward(*kept)

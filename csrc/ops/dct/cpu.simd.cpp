@@ -167,6 +167,41 @@ struct Plane {
     return line;
   }
 
+  // The rows of block n of eps, transformed, to a.
+  void beside(int64_t n) const {
+    take(input(p.eps), image + plane_floats(p), n, c);
+    forward(c, a);
+  }
+
+  void product(int64_t n) const {
+    for (int64_t j = 0; j < p.w; ++j) store(a + j * kLanes, load(a + j * kLanes) * load(b + j * kLanes));
+    scatter(padded(p.w), kLanes, a, norm(p) * norm(p), work, padded(p.w), kLanes);
+    each_row(n, work, [y = p.product + first()](int64_t to, const float* from, const auto&, const auto& put) { put(y + to, load(from)); });
+  }
+
+  // The sums of the product over the rows and columns of block n, as they belong to the factors of a separable gain.
+  void sums(int64_t n) const {
+    const int64_t sample = plane / p.channels, i = n * kLanes, count = least(kLanes, p.h - i);
+    const float *gain_w = p.gain_w + sample * p.w, *gain_h = p.gain_h + sample * p.h + i;
+    const float scale = norm(p) * norm(p);
+    const f32 rows = (count == kLanes ? load(gain_h) : load_n(gain_h, static_cast<int>(count))) * scale;
+    f32 drows{}, dbase{};
+    float* dcolumns = p.dcolumns + (plane * blocks(p) + n) * p.w;
+    for (int64_t j = 0; j < p.w; j += kLanes) {
+      f32 v[kLanes]{};
+      const int m = static_cast<int>(least(kLanes, p.w - j));
+      for (int e = 0; e < m; ++e) {
+        const f32 u = load(a + (j + e) * kLanes) * load(b + (j + e) * kLanes);
+        drows += u * gain_w[j + e];
+        dbase += u;
+        v[e] = u * rows;
+      }
+      store_n(dcolumns + j, reduce_each(v, [](f32 x, f32 y) { return x + y; }), m);
+    }
+    store_n(p.drows + plane * p.h + i, drows * scale, static_cast<int>(count));
+    store_n(p.dbase + plane * p.h + i, dbase * scale, static_cast<int>(count));
+  }
+
   void mix(int64_t n) const {
     const float* gain = gains(p.gain, n, c);
     for (int64_t j = 0; j < p.w; ++j) store(b + j * kLanes, load(b + j * kLanes) * load(gain + j * kLanes));
@@ -174,9 +209,8 @@ struct Plane {
       const float* gain = gains(of, n, c);
       for (int64_t j = 0; j < p.w; ++j) store(b + j * kLanes, load(b + j * kLanes) + load(a + j * kLanes) * load(gain + j * kLanes));
     };
-    if (p.eps) {
-      take(input(p.eps), image + plane_floats(p), n, c);
-      forward(c, a);
+    if (p.eps && !p.product) {
+      beside(n);
       add(p.gain_eps);
     }
     if (const T* noise = input(p.noise)) {
@@ -201,6 +235,10 @@ struct Plane {
     }
     forward(a, b);
     if (p.kind == Kind::forward) return give(n, b, norm(p));
+    if (p.product || p.drows) {
+      beside(n);
+      p.product ? product(n) : sums(n);
+    }
     if (p.kind == Kind::separable) separable(n);
     else mix(n);
     inverse(b, a);

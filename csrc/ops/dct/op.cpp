@@ -192,6 +192,123 @@ void separable_gain(const Tensor& x_, const Tensor& rows_, const Tensor& columns
   call.run();
 }
 
+void frequency_mix_backward(const Tensor& dy_, const Tensor& x_, const Tensor& gain_, int64_t dims, const Tensor& dx, const Tensor& product) {
+  if (dx.numel() == 0) return;
+  const Tensor dy = torch::stable::contiguous(dy_), x = torch::stable::contiguous(x_);
+  Gains gain(dy, gain_, dims);
+  Call call(dy, dims, Kind::gain, dx);
+  Problem& p = call.p;
+  p.eps = x.const_data_ptr(), p.gain = gain.view(p), p.product = static_cast<float*>(product.mutable_data_ptr());
+  call.run();
+}
+
+float* cleared(const Tensor& sum) { return std::fill_n(static_cast<float*>(sum.mutable_data_ptr()), sum.numel(), 0.0f) - sum.numel(); }
+
+void separable_gain_backward(const Tensor& dy_, const Tensor& x_, const Tensor& rows_, const Tensor& columns_, const Tensor& base_, const Tensor& dx,
+                             const Tensor& drows, const Tensor& dcolumns, const Tensor& dbase) {
+  float *to_rows = cleared(drows), *to_columns = cleared(dcolumns), *to_base = cleared(dbase);
+  if (dx.numel() == 0) return;
+  const Tensor dy = torch::stable::contiguous(dy_), x = torch::stable::contiguous(x_), rows = torch::stable::contiguous(rows_),
+               columns = torch::stable::contiguous(columns_), base = torch::stable::contiguous(base_);
+  Call call(dy, 2, Kind::separable, dx);
+  Problem& p = call.p;
+  p.channels = dy.size(1), p.eps = x.const_data_ptr();
+  p.gain_h = floats(rows), p.gain_w = floats(columns), p.base = floats(base);
+  const int64_t blocks = pick_kernels().blocks(p);
+  const Buffer sums = allocate(p.planes * (2 * p.h + blocks * p.w));
+  p.drows = sums.get(), p.dbase = p.drows + p.planes * p.h, p.dcolumns = p.dbase + p.planes * p.h;
+  call.run();
+  const auto add = [](const float* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+  };
+  for (int64_t plane = 0; plane < p.planes; ++plane) {
+    const int64_t sample = plane / p.channels;
+    add(p.drows + plane * p.h, p.h, to_rows + sample * p.h);
+    for (int64_t n = 0; n < blocks; ++n) add(p.dcolumns + (plane * blocks + n) * p.w, p.w, to_columns + sample * p.w);
+    for (int64_t i = 0; i < p.h; ++i) to_base[sample] += p.dbase[plane * p.h + i];
+  }
+}
+
+using Maybe = std::optional<Tensor>;
+
+bool transforms(const Tensor& x, int64_t dims) {
+  return (dims == 1 || dims == 2) && is_native_float(x) && x.dim() >= dims && x.dim() <= static_cast<int64_t>(kRank) && x.numel() > 0;
+}
+
+bool is_like(const Maybe& u, const Tensor& x) {
+  return !u || (u->is_cpu() && u->scalar_type() == x.scalar_type() && u->dim() == x.dim() && std::equal(u->sizes().begin(), u->sizes().end(), x.sizes().begin()));
+}
+
+// Whether frequency_mix takes it beside x as it is.
+bool is_gain(const Maybe& gain, const Tensor& x, int64_t dims) {
+  if (!gain) return true;
+  const int64_t missing = x.dim() - gain->dim();
+  if (!gain->is_cpu() || gain->scalar_type() != torch::headeronly::ScalarType::Float || missing < 0 || gain->dim() < dims) return false;
+  for (int64_t axis = 0; axis < gain->dim(); ++axis)
+    if (gain->size(axis) != x.size(missing + axis) && (gain->size(axis) != 1 || axis >= gain->dim() - dims)) return false;
+  return true;
+}
+
+bool is_per_sample(const Maybe& u, const Tensor& x) {
+  return !u || (u->is_cpu() && u->scalar_type() == torch::headeronly::ScalarType::Float && u->dim() == 1 && u->size(0) == x.size(0));
+}
+
+Tensor made_as(const Tensor& x) { return empty(torch_type(x), x.dim(), x.sizes().data()); }
+
+Maybe dct_eager(const Tensor& x, int64_t dims, bool inverse) {
+  if (!transforms(x, dims)) return std::nullopt;
+  const Tensor y = made_as(x);
+  dct(x, dims, inverse, y);
+  return y;
+}
+
+Maybe frequency_mix_eager(const Tensor& x, const Tensor& gain, const Maybe& eps, const Maybe& gain_eps, const Maybe& noise, const Maybe& gain_noise,
+                          int64_t dims) {
+  if (!transforms(x, dims) || x.scalar_type() != torch::headeronly::ScalarType::Float || !is_like(eps, x) || !is_like(noise, x)) return std::nullopt;
+  if (!is_gain(gain, x, dims) || !is_gain(gain_eps, x, dims) || !is_gain(gain_noise, x, dims)) return std::nullopt;
+  const Tensor y = made_as(x);
+  frequency_mix(x, gain, eps, gain_eps, noise, gain_noise, dims, y);
+  return y;
+}
+
+// exp(-(pi i / n)^2 width^2 / 2) for i < n of every sample, by the steps and with the bits of the tensor operations of the long way.
+Tensor decay(const Tensor& width, int64_t n) {
+  const int64_t B = width.size(0);
+  const Tensor made = empty_floats<2>({B, n});
+  float* to = static_cast<float*>(made.mutable_data_ptr());
+  const float *own = floats(width), step = static_cast<float>(std::acos(-1.0) / n);
+  for (int64_t b = 0; b < B; ++b) {
+    const float time = own[b] * own[b] / -2;
+    for (int64_t i = 0; i < n; ++i) {
+      const float frequency = i * step;
+      to[b * n + i] = frequency * frequency * time;
+    }
+  }
+  StableIValue stack[] = {torch::stable::detail::from(made)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::exp_", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// separable_gain with the factors of a blur.
+Maybe blur_eager(const Tensor& x, const Tensor& width, const Maybe& signal, double floor, const Maybe& noise, const Maybe& sigma) {
+  if (!transforms(x, 2) || x.dim() != 4 || !is_like(noise, x)) return std::nullopt;
+  if (!is_per_sample(width, x) || !is_per_sample(signal, x) || !is_per_sample(sigma, x)) return std::nullopt;
+  const Tensor widths = torch::stable::contiguous(width), rows = decay(widths, x.size(2)), columns = decay(widths, x.size(3));
+  const Maybe signals = dense(signal);
+  const int64_t B = x.size(0), h = x.size(2);
+  const Tensor base = empty_floats<1>({B});
+  float *to_rows = static_cast<float*>(rows.mutable_data_ptr()), *to_base = static_cast<float*>(base.mutable_data_ptr());
+  const float *factors = floats(signals), least = static_cast<float>(floor), rest = static_cast<float>(1 - floor);
+  for (int64_t b = 0; b < B; ++b) {
+    const float factor = factors ? factors[b] : 1.0f;
+    for (int64_t i = 0; i < h; ++i) to_rows[b * h + i] = factor * (rest * to_rows[b * h + i]);
+    to_base[b] = factor * least;
+  }
+  const Tensor y = made_as(x);
+  separable_gain(x, rows, columns, base, noise, sigma, y);
+  return y;
+}
+
 }  // namespace
 }  // namespace fastdiff::dct
 
@@ -200,10 +317,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) {
   m.def(
       "frequency_mix(Tensor x, Tensor gain, Tensor? eps, Tensor? gain_eps, Tensor? noise, Tensor? gain_noise, int dims, Tensor(a!) y) "
       "-> ()");
+  m.def("dct_eager(Tensor x, int dims, bool inverse) -> Tensor?");
+  m.def(
+      "frequency_mix_eager(Tensor x, Tensor gain, Tensor? eps, Tensor? gain_eps, Tensor? noise, Tensor? gain_noise, int dims) "
+      "-> Tensor?");
+  m.def("blur_eager(Tensor x, Tensor width, Tensor? signal, float floor, Tensor? noise, Tensor? sigma) -> Tensor?");
+  m.def("frequency_mix_backward(Tensor dy, Tensor x, Tensor gain, int dims, Tensor(a!) dx, Tensor(b!) product) -> ()");
+  m.def(
+      "separable_gain_backward(Tensor dy, Tensor x, Tensor rows, Tensor columns, Tensor base, Tensor(a!) dx, Tensor(b!) drows, "
+      "Tensor(c!) dcolumns, Tensor(d!) dbase) -> ()");
   m.def("separable_gain(Tensor x, Tensor rows, Tensor columns, Tensor base, Tensor? noise, Tensor? sigma, Tensor(a!) y) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CPU, m) {
   m.impl("dct", TORCH_BOX(&fastdiff::dct::dct));
   m.impl("frequency_mix", TORCH_BOX(&fastdiff::dct::frequency_mix));
   m.impl("separable_gain", TORCH_BOX(&fastdiff::dct::separable_gain));
+  m.impl("dct_eager", TORCH_BOX(&fastdiff::dct::dct_eager));
+  m.impl("frequency_mix_eager", TORCH_BOX(&fastdiff::dct::frequency_mix_eager));
+  m.impl("blur_eager", TORCH_BOX(&fastdiff::dct::blur_eager));
+  m.impl("frequency_mix_backward", TORCH_BOX(&fastdiff::dct::frequency_mix_backward));
+  m.impl("separable_gain_backward", TORCH_BOX(&fastdiff::dct::separable_gain_backward));
 }

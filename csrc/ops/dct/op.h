@@ -48,6 +48,10 @@ struct Problem {
   // Kind separable: per sample of `channels` planes.
   int64_t channels;
   const float *gain_h, *gain_w, *base, *sigma;
+  // Beside the gradient of a result in x, and in eps what the gain was applied to, its gradient: one element of DCT(x) DCT(eps) per
+  // frequency, or of a separable one the sums of these over rows and columns, the columns' for every block of rows alone.
+  float* product;                   // planes x h x w
+  float *drows, *dbase, *dcolumns;  // planes x h, planes x h, planes x blocks x w
 };
 
 // Columns are transformed into an image, rows from there and into it again, columns out of it: in one item if the plane is small, else

@@ -5,9 +5,10 @@ import math
 import torch
 
 from ...core.backend import cpu, cuda
+from ...core.backend import triton as on_triton
 from ...core.check import dims as check_dims
 from ...core.check import fail, tensor
-from ...core.contract import contract
+from ...core.contract import contract, into
 from . import reference, triton
 
 
@@ -31,15 +32,17 @@ def _cuda(name, dims):
 
 
 DCT = contract("dct(Tensor x, int dims, bool inverse) -> Tensor", outputs=lambda x, *_: _like(x), reference=reference.dct,
-               backends=(_cuda("dct", lambda args: args[0]), triton.DCT, cpu("dct")), module=__name__)
+               backends=(_cuda("dct", lambda args: args[0]), triton.DCT, cpu("dct")), module=__name__,
+               entries=("dct_eager",))
 # IDCT(gain DCT(x) + gain_eps DCT(eps) + gain_noise noise); gains in float32 (float64 beside float64), broadcast to x, whole along its axes.
 MIX = contract("frequency_mix(Tensor x, Tensor gain, Tensor? eps, Tensor? gain_eps, Tensor? noise, Tensor? gain_noise, int dims) -> Tensor",
                outputs=lambda x, *_: _like(x), reference=reference.frequency_mix, module=__name__,
-               backends=(_cuda("frequency_mix", lambda args: args[-1]), triton.MIX, cpu("frequency_mix")))
+               backends=(_cuda("frequency_mix", lambda args: args[-1]), triton.MIX, cpu("frequency_mix")), entries=("frequency_mix_eager",))
 # IDCT((rows columns^T + base) DCT(x)) + sigma noise, per sample; rows (B, h), columns (B, w), base and sigma (B,) as the gains above.
 SEPARABLE = contract("separable_gain(Tensor x, Tensor rows, Tensor columns, Tensor base, Tensor? noise, Tensor? sigma) -> Tensor",
                      outputs=lambda x, *_: _like(x), reference=reference.separable_gain,
-                     backends=(_cuda("separable_gain", lambda args: 2), triton.SEPARABLE, cpu("separable_gain")), module=__name__)
+                     backends=(_cuda("separable_gain", lambda args: 2), triton.SEPARABLE, cpu("separable_gain")), module=__name__,
+                     entries=("blur_eager",))
 
 
 def _wide(x):
@@ -48,6 +51,46 @@ def _wide(x):
 
 def _gained(x, gain, dims):
     return MIX(x, gain, None, None, None, None, dims)
+
+
+def _alike(op, dy, x):
+    if dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device:
+        fail(op, f"dy wants {tuple(x.shape)} of {x.dtype} on {x.device}, as x, got {tuple(dy.shape)} of {dy.dtype} on {dy.device}")
+
+
+def _mix_gradients(dy, x, gain, dims):
+    _alike("frequency_mix_backward", dy, x)
+    return _like(x), x.new_empty(x.shape, dtype=gain.dtype)
+
+
+def _separable_gradients(dy, x, rows, columns, base):
+    _alike("separable_gain_backward", dy, x)
+    return _like(x), *(torch.empty_like(g, memory_format=torch.contiguous_format) for g in (rows, columns, base))
+
+
+def _run_mix_backward(args, outs):
+    dy, x, gain, dims = args
+    into("frequency_mix", outs[:1], dy, gain, None, None, None, None, dims)
+    torch.mul(_wide(DCT(dy, dims, False)), DCT(x, dims, False), out=outs[1])
+
+
+def _run_separable_backward(args, outs):
+    dy, x, rows, columns, base = args
+    into("separable_gain", outs[:1], dy, rows, columns, base, None, None)
+    dgain = (_wide(DCT(dy, 2, False)) * DCT(x, 2, False)).sum(1)
+    torch.sum(dgain * columns.unsqueeze(1), 2, out=outs[1])
+    torch.sum(dgain * rows.unsqueeze(2), 1, out=outs[2])
+    torch.sum(dgain, (1, 2), out=outs[3])
+
+
+# IDCT(gain DCT(dy)), and DCT(dy) DCT(x) in the gain's dtype; of a separable gain its sums. On a GPU composed of the kernels above.
+MIX_BACKWARD = contract("frequency_mix_backward(Tensor dy, Tensor x, Tensor gain, int dims) -> (Tensor, Tensor)", outputs=_mix_gradients,
+                        reference=reference.frequency_mix_backward, backends=(on_triton(_run_mix_backward), cpu("frequency_mix_backward")),
+                        module=__name__)
+SEPARABLE_BACKWARD = contract("separable_gain_backward(Tensor dy, Tensor x, Tensor rows, Tensor columns, Tensor base)"
+                              " -> (Tensor, Tensor, Tensor, Tensor)", outputs=_separable_gradients, module=__name__,
+                              reference=reference.separable_gain_backward,
+                              backends=(on_triton(_run_separable_backward), cpu("separable_gain_backward")))
 
 
 # The transform is orthogonal: its transpose is its inverse.
@@ -60,11 +103,16 @@ def _mix_backward(ctx, dy):
     if dy is None:
         return (None,) * 7
     (x, gain, eps, gain_eps, noise, gain_noise), dims, wants = ctx.saved_tensors, ctx.args[6], ctx.wants
-    du = DCT(dy, dims, False) if any(wants[i] for i in (1, 3, 4, 5)) else None
-    product = lambda u, like: (_wide(du) * u).sum_to_size(like.shape)
-    return (_gained(dy, gain, dims) if wants[0] else None, product(DCT(x, dims, False), gain) if wants[1] else None,
-            _gained(dy, gain_eps, dims) if wants[2] else None, product(DCT(eps, dims, False), gain_eps) if wants[3] else None,
-            (gain_noise * du).to(dy.dtype) if wants[4] else None, product(noise, gain_noise) if wants[5] else None, None)
+
+    def gradients(u, gain, wanted):
+        if wanted[1]:
+            du, product = MIX_BACKWARD(dy, u, gain, dims)
+            return du, product.sum_to_size(gain.shape)
+        return _gained(dy, gain, dims) if wanted[0] else None, None
+
+    du = _wide(DCT(dy, dims, False)) if wants[4] or wants[5] else None
+    return (*gradients(x, gain, wants[:2]), *gradients(eps, gain_eps, wants[2:4]), (gain_noise * du).to(dy.dtype) if wants[4] else None,
+            (noise * du).sum_to_size(gain_noise.shape) if wants[5] else None, None)
 
 
 def _mix_jvp(ctx, dx, dgain, deps, dgain_eps, dnoise, dgain_noise, _):
@@ -83,13 +131,11 @@ def _separable_backward(ctx, dy):
     if dy is None:
         return (None,) * 6
     (x, rows, columns, base, noise, sigma), wants = ctx.saved_tensors, ctx.wants
-    dx = SEPARABLE(dy, rows, columns, base, None, None) if wants[0] else None
-    drows = dcolumns = dbase = None
     if any(wants[1:4]):
-        dgain = (_wide(DCT(dy, 2, False)) * DCT(x, 2, False)).sum(1)
-        drows, dcolumns = (dgain * columns.unsqueeze(1)).sum(2), (dgain * rows.unsqueeze(2)).sum(1)
-        dbase = dgain.sum((1, 2))
-    return (dx, drows, dcolumns, dbase, (sigma.view(-1, 1, 1, 1) * dy).to(dy.dtype) if wants[4] else None,
+        grads = SEPARABLE_BACKWARD(dy, x, rows, columns, base)
+    else:
+        grads = SEPARABLE(dy, rows, columns, base, None, None) if wants[0] else None, None, None, None
+    return (*grads, (sigma.view(-1, 1, 1, 1) * dy).to(dy.dtype) if wants[4] else None,
             (_wide(dy) * noise).sum((1, 2, 3)) if wants[5] else None)
 
 
@@ -131,13 +177,16 @@ def _mix_vmap(info, in_dims, *args):
     return MIX(*tensors, dims), 0
 
 
-def _separable_vmap(info, in_dims, *args):
-    tensors = [_whole(x if d is None else x.movedim(d, 0), d, info.batch_size) for x, d in zip(args, in_dims, strict=True)]
-    return SEPARABLE(*(None if x is None else x.flatten(0, 1) for x in tensors)).unflatten(0, tensors[0].shape[:2]), 0
+def _mix_backward_vmap(info, in_dims, dy, x, gain, dims):
+    rank = dy.dim() - (in_dims[0] is not None)
+    dy, x, gain = (_lead(u, d, rank) for u, d in zip((dy, x, gain), in_dims, strict=False))
+    return MIX_BACKWARD(_whole(dy, in_dims[0], info.batch_size), _whole(x, in_dims[1], info.batch_size), gain, dims), (0, 0)
 
 
 MIX.vmap(_mix_vmap)
-SEPARABLE.vmap(_separable_vmap)
+MIX_BACKWARD.vmap(_mix_backward_vmap)
+SEPARABLE.vmap_batch()
+SEPARABLE_BACKWARD.vmap_batch()
 
 
 def _axes(op, x, dims):
@@ -199,6 +248,11 @@ def _blurred(x, width, signal, floor, noise, sigma):
     return SEPARABLE(x, rows, decay[1], base, noise, sigma)
 
 
+def _transform(op, x, dims, inverse):
+    y = DCT.eager((x, dims, inverse)) if type(dims) is int else None
+    return DCT(x, _axes(op, x, dims), inverse) if y is None else y
+
+
 def dct(x, *, dims=2):
     """Orthonormal DCT-II along the last one or two axes: y_k = c_k sum_n x_n cos(pi (n + 1/2) k / N), c_0 = sqrt(1/N), c_k = sqrt(2/N).
 
@@ -208,7 +262,7 @@ def dct(x, *, dims=2):
     Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
     Source   Plonka & Tasche 2005 (stable splitting into transforms of half the length)
     """
-    return DCT(x, _axes("dct", x, dims), False)
+    return _transform("dct", x, dims, False)
 
 
 def idct(x, *, dims=2):
@@ -220,7 +274,7 @@ def idct(x, *, dims=2):
     Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
     Source   Plonka & Tasche 2005 (stable splitting into transforms of half the length)
     """
-    return DCT(x, _axes("idct", x, dims), True)
+    return _transform("idct", x, dims, True)
 
 
 def frequency_gain(x, gain, *, dims=2):
@@ -232,6 +286,9 @@ def frequency_gain(x, gain, *, dims=2):
     Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
     Source   Rissanen et al. 2023, appendix A
     """
+    y = MIX.eager((x, gain, None, None, None, None, dims)) if type(dims) is int else None
+    if y is not None:
+        return y
     dims = _axes("frequency_gain", x, dims)
     return _gained(x, _check_gain("frequency_gain", "gain", gain, "x", x, dims), dims)
 
@@ -246,9 +303,12 @@ def blur(x, width, *, floor=0.0):
     Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
     Source   Rissanen et al. 2023; floor: Hoogeboom & Salimans 2023
     """
+    _check_floor("blur", floor)
+    y = SEPARABLE.eager((x, width, None, floor, None, None), required=(0, 1))
+    if y is not None:
+        return y
     _images("blur", x=x)
     _check_scalars("blur", x, width=width)
-    _check_floor("blur", floor)
     return _blurred(x, width, None, floor, None, None)
 
 
@@ -262,9 +322,12 @@ def blur_diffuse(x, noise, signal, sigma, width, *, floor=1e-3):
     Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
     Source   Hoogeboom & Salimans 2023, section 4
     """
+    _check_floor("blur_diffuse", floor)
+    z = SEPARABLE.eager((x, width, signal, floor, noise, sigma), required=(0, 1, 2, 4, 5))
+    if z is not None:
+        return z
     _images("blur_diffuse", x=x, noise=noise)
     _check_scalars("blur_diffuse", x, signal=signal, sigma=sigma, width=width)
-    _check_floor("blur_diffuse", floor)
     return _blurred(x, width, signal, floor, noise, sigma)
 
 
@@ -278,6 +341,9 @@ def blur_denoise(z, eps, noise, gain_z, gain_eps, gain_noise):
     Source   Hoogeboom & Salimans 2023, appendix A
     """
     op = "blur_denoise"
+    y = MIX.eager((z, gain_z, eps, gain_eps, noise, gain_noise, 2), required=range(6))
+    if y is not None:
+        return y
     _images(op, z=z, eps=eps, noise=noise)
     gain_z, gain_eps, gain_noise = (_check_gain(op, name, gain, "z", z, 2) for name, gain in
                                     (("gain_z", gain_z), ("gain_eps", gain_eps), ("gain_noise", gain_noise)))

@@ -34,3 +34,14 @@ def separable_gain(x, rows, columns, base, noise, sigma):
     gain = rows.unsqueeze(2) * columns.unsqueeze(1) + base.view(-1, 1, 1)
     y = frequency_mix(x, gain.unsqueeze(1), None, None, None, None, 2)
     return y if noise is None else (y + sigma.view(-1, 1, 1, 1) * noise).to(x.dtype)
+
+
+def frequency_mix_backward(dy, x, gain, dims):
+    """The gradient in x of gain's frequency_mix, and DCT(dy) DCT(x), which is the gain's before it is summed to its shape."""
+    return frequency_mix(dy, gain, None, None, None, None, dims), (dct(dy, dims, False).to(gain.dtype) * dct(x, dims, False)).to(gain.dtype)
+
+
+def separable_gain_backward(dy, x, rows, columns, base):
+    dx, dgain = frequency_mix_backward(dy, x, (rows.unsqueeze(2) * columns.unsqueeze(1) + base.view(-1, 1, 1)).unsqueeze(1), 2)
+    dgain = dgain.sum(1)
+    return dx, (dgain * columns.unsqueeze(1)).sum(2), (dgain * rows.unsqueeze(2)).sum(1), dgain.sum((1, 2))
