@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.case import Array, Integers
+from ..testing.budget import nudged
 
 
 def make(arguments, dtype, device, grad=False, seed=0):
@@ -59,6 +60,12 @@ class Call:
         """The same values in memory of their own; floating tensors in `dtype` if one is given."""
         arguments = {name: self._copy(x, dtype) if isinstance(x, torch.Tensor) else x for name, x in self.arguments.items()}
         return Call(arguments, self.dout and tuple(self._copy(d, dtype) for d in self.dout))
+
+    def nudged(self, seed):
+        """Nearby arguments: each element of floating tensors moved by a rounding or not at all."""
+        floating = {name: x for name, x in self.tensors().items() if x.is_floating_point()}
+        moved = {name: nudged(x.detach(), seed).requires_grad_(x.requires_grad) for name, x in floating.items()}
+        return Call({**self.arguments, **moved}, self.dout)
 
     @staticmethod
     def _copy(x, dtype):

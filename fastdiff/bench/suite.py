@@ -135,13 +135,16 @@ def _names(call, results):
     return outs + ([f"gradient of {name}" for name in call.wanted()] if call.dout is not None else [])
 
 
-def _worst(call, case, ours, plain, exact):
-    """The tensor nearest to its limit; raises Wrong beyond. PyTorch's own fused op, where it has one, is asked only when it matters."""
+def _worst(call, function, case, ours, plain, exact):
+    """The tensor nearest to its limit; raises Wrong beyond. Nearby inputs, and PyTorch's own fused op, are asked only when it matters."""
     rows = list(zip(_names(call, ours), ours, plain, exact, strict=True))
     errors = [error(*row) for row in rows]
-    if case.fused and any(e.ratio > 1 for e in errors):
-        fused = call(case.taking(case.fused))
-        errors = [error(*row, nearby=[(f, row[-1])]) for row, f in zip(rows, fused, strict=True)]
+    if any(e.ratio > 1 for e in errors):
+        nearby = [(call(case.taking(case.fused)), exact)] if case.fused else []
+        with use_backend("reference"):
+            for other in map(call.nudged, range(1, 17)):
+                nearby.append((other.by_parts(function, case), other.by_parts(function, case, torch.float64)))
+        errors = [error(*row, nearby=[(p[i], e[i]) for p, e in nearby]) for i, row in enumerate(rows)]
     worst = max(errors, key=lambda e: e.ratio)
     if worst.ratio > 1:
         raise Wrong(f"{worst.tensor} is off by {worst.error:.3g} where the float64 reference allows {worst.limit:.3g}")
@@ -183,7 +186,7 @@ def measure(row, module, against, budget, ceilings, notes):
     with use_backend("reference"):
         exact = call.by_parts(row.function, row.case, torch.float64)
         spent, plain = memory.peak(lambda: call.by_parts(row.function, row.case), row.device)
-    worst = _worst(call, row.case, ours, plain, exact)
+    worst = _worst(call, row.function, row.case, ours, plain, exact)
 
     runs = {"ours": row.function}
     for name, peer in _peers_of(row, module, against).items():
@@ -212,7 +215,7 @@ def measure(row, module, against, budget, ceilings, notes):
         samples, host = timer.interleave(timed, budget), None
     peak, after = memory.peak(lambda: copies[-1](row.function), row.device)
     if not all(map(torch.equal, ours, after)):
-        _worst(call, row.case, after, plain, exact)
+        _worst(call, row.function, row.case, after, plain, exact)
 
     times = timer.compare(samples)
     record = {**row.key(), "backend": chosen.name, "shape": row.sizes, **times, "floor_ms": None, "of_floor": None,

@@ -58,5 +58,11 @@ def error(tensor, ours, plain, exact, nearby=(), times=2, largest=0.0):
     return Error(tensor, _largest(value - exact, kept), limit)
 
 
+def nudged(x, seed):
+    """x with each element moved by a rounding or not at all."""
+    steps = torch.randint(-1, 2, x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
+    return (x.double() * (1 + torch.finfo(x.dtype).eps * steps)).to(x.dtype)
+
+
 def _largest(x, where):
     return torch.where(where, x, 0.0).abs().max().item() if x.numel() else 0.0

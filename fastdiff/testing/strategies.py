@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 from ..core.case import Array, Case, Dim, Integers
+from .budget import nudged
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EDGES = (0, 1, 31, 32, 33, 127, 128, 129)
@@ -53,8 +54,7 @@ class Example:
                 if self.nudge:
                     if layout == "expanded":  # elements that share memory move each on its own
                         x, layout = lay_out(x, layout, "cpu").clone(), "offset"
-                    steps = torch.randint(-1, 2, x.shape, generator=torch.Generator().manual_seed(self.nudge))
-                    x = (x.double() * (1 + torch.finfo(x.dtype).eps * steps)).to(x.dtype)
+                    x = nudged(x, self.nudge)
                 made[name] = lay_out(x.to(dtype) if dtype else x, layout, self.device)
             elif isinstance(spec, Integers):
                 x = torch.randint(spec.low, spec.high + 1, spec.shape, generator=generator).to(getattr(torch, spec.dtype))
