@@ -448,7 +448,7 @@ def _calls(dtype):
             x, gain, scalar = made(2, 3, h, w), made(2, 1, h, w), made(2)
             yield REGISTRY["frequency_mix"], (x, gain, x, gain, x, gain, 2)
             if w > 32:
-                yield REGISTRY["separable_gain"], (x, made(2, h), made(2, w), scalar, x, scalar)
+                yield REGISTRY["blur_diffuse"], (x, scalar, scalar, 0.0, x, scalar)
     if dtype == torch.bfloat16:
         x, c = made(2, 3, 64, 64), torch.empty(2)
         yield REGISTRY["add_noise"], (x, x, c, c)

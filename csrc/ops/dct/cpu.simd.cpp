@@ -7,6 +7,7 @@ namespace {
 
 // The factor of element 0 beside the others, which the sums of split.h leave out.
 constexpr float kFirst = 0x1.6a09e6p-1f;
+constexpr float kPi = 0x1.921fb6p+1f;
 // Columns pass between memory and their transforms in groups of strips, row by row, so that memory sees runs long enough for the
 // processor to fetch ahead of them: a whole plane at once up to this many floats, and four cache lines of a row at least.
 constexpr int64_t kGroup = 1 << 13;
@@ -69,6 +70,12 @@ inline void scatter(int64_t columns, int64_t rows, const float* line, float scal
 
 float norm(const Problem& p) { return __builtin_sqrtf(2.0f / p.w) * (p.columns ? __builtin_sqrtf(2.0f / p.h) : 1.0f); }
 
+// pi i / n for kLanes i from `first` on.
+inline f32 frequencies(int64_t first, int64_t n) {
+  constexpr u32 lane = lanes([](int l) { return l; });
+  return (__builtin_convertvector(lane, f32) + static_cast<float>(first)) * (kPi / n);
+}
+
 template <class T>
 struct Plane {
   const Problem& p;
@@ -116,7 +123,7 @@ struct Plane {
     }
     T* y = output();
     const auto put = [&](int64_t to, f32 v, int n) { n == kLanes ? store(y + to, v) : store_n(y + to, v, n); };
-    if (const T* noise = p.kind == Kind::separable ? input(p.noise) : nullptr) {
+    if (const T* noise = p.kind == Kind::blur ? input(p.noise) : nullptr) {
       const float sigma = p.sigma[plane / p.channels];
       each(begin, end, [&](int64_t to, const float* from, int n) {
         put(to, load(from) + (n == kLanes ? load(noise + to) : load_n(noise + to, n)) * sigma, n);
@@ -179,27 +186,32 @@ struct Plane {
     each_row(n, work, [y = p.product + first()](int64_t to, const float* from, const auto&, const auto& put) { put(y + to, load(from)); });
   }
 
-  // The sums of the product over the rows and columns of block n, as they belong to the factors of a separable gain.
+  // The blur's factor of the rows of block n; zeros beyond them.
+  f32 blur_h(int64_t n) const {
+    const float* rows = p.blur_h + plane / p.channels * p.h + n * kLanes;
+    return p.h - n * kLanes >= kLanes ? load(rows) : load_n(rows, static_cast<int>(p.h - n * kLanes));
+  }
+
+  // In parts of 64 columns, so that no chain of additions is long.
   void sums(int64_t n) const {
-    const int64_t sample = plane / p.channels, i = n * kLanes, count = least(kLanes, p.h - i);
-    const float *gain_w = p.gain_w + sample * p.w, *gain_h = p.gain_h + sample * p.h + i;
-    const float scale = norm(p) * norm(p);
-    const f32 rows = (count == kLanes ? load(gain_h) : load_n(gain_h, static_cast<int>(count))) * scale;
-    f32 drows{}, dbase{};
-    float* dcolumns = p.dcolumns + (plane * blocks(p) + n) * p.w;
-    for (int64_t j = 0; j < p.w; j += kLanes) {
-      f32 v[kLanes]{};
-      const int m = static_cast<int>(least(kLanes, p.w - j));
-      for (int e = 0; e < m; ++e) {
-        const f32 u = load(a + (j + e) * kLanes) * load(b + (j + e) * kLanes);
-        drows += u * gain_w[j + e];
-        dbase += u;
-        v[e] = u * rows;
+    const float* columns = p.blur_w + plane / p.channels * p.w;
+    const float step = kPi / p.w;
+    f32 all{}, blurred{}, squared{};
+    for (int64_t begin = 0; begin < p.w; begin += 64) {
+      f32 part[3]{};
+      for (int64_t j = begin; j < least(p.w, begin + 64); ++j) {
+        const f32 u = load(a + j * kLanes) * load(b + j * kLanes), decayed = u * columns[j];
+        part[0] += u;
+        part[1] += decayed;
+        part[2] += decayed * (j * step * (j * step));
       }
-      store_n(dcolumns + j, reduce_each(v, [](f32 x, f32 y) { return x + y; }), m);
+      all += part[0], blurred += part[1], squared += part[2];
     }
-    store_n(p.drows + plane * p.h + i, drows * scale, static_cast<int>(count));
-    store_n(p.dbase + plane * p.h + i, dbase * scale, static_cast<int>(count));
+    const f32 rows = blur_h(n) * (norm(p) * norm(p)), frequency = frequencies(n * kLanes, p.h);
+    float* to = p.sums + (plane * blocks(p) + n) * 3;
+    to[0] = reduce_add(all) * (norm(p) * norm(p));
+    to[1] = reduce_add(rows * blurred);
+    to[2] = reduce_add(rows * (squared + frequency * frequency * blurred));
   }
 
   void mix(int64_t n) const {
@@ -219,12 +231,11 @@ struct Plane {
     }
   }
 
-  void separable(int64_t n) const {
-    const int64_t sample = plane / p.channels, i = n * kLanes;
-    const float *gain_w = p.gain_w + sample * p.w, *gain_h = p.gain_h + sample * p.h + i, base = p.base[sample];
-    const f32 scaled = (p.h - i >= kLanes ? load(gain_h) : load_n(gain_h, static_cast<int>(p.h - i))) * (norm(p) * norm(p));
-    const float scaled_base = base * (norm(p) * norm(p));
-    for (int64_t j = 0; j < p.w; ++j) store(b + j * kLanes, load(b + j * kLanes) * (scaled * gain_w[j] + scaled_base));
+  void blur(int64_t n) const {
+    const int64_t sample = plane / p.channels;
+    const float *columns = p.blur_w + sample * p.w, factor = (p.signal ? p.signal[sample] : 1.0f) * (norm(p) * norm(p)), floor = p.floor * factor;
+    const f32 rows = blur_h(n) * factor;
+    for (int64_t j = 0; j < p.w; ++j) store(b + j * kLanes, load(b + j * kLanes) * (rows * columns[j] + floor));
   }
 
   void block(int64_t n) const {
@@ -235,12 +246,11 @@ struct Plane {
     }
     forward(a, b);
     if (p.kind == Kind::forward) return give(n, b, norm(p));
-    if (p.product || p.drows) {
+    if (p.product || p.sums) {
       beside(n);
       p.product ? product(n) : sums(n);
     }
-    if (p.kind == Kind::separable) separable(n);
-    else mix(n);
+    p.kind == Kind::blur ? blur(n) : mix(n);
     inverse(b, a);
     give(n, a, 1.0f);
   }
@@ -264,12 +274,22 @@ void arrange(const Problem& p, const float* gain, float* arranged) {
     gather(p.w, p.h - i, [=, &p](int r) { return gain + r * p.w; }, kLanes, norm(p) * norm(p), arranged);
 }
 
+void decay(int64_t samples, const float* width, int64_t n, float factor, float* to) {
+  for (; samples > 0; --samples, ++width, to += n) {
+    const float time = *width * *width / -2;
+    for_vectors(n, [&](int64_t i, const auto&, const auto& put, int) {
+      const f32 frequency = frequencies(i, n);
+      put(to + i, exp(frequency * frequency * time) * factor);
+    });
+  }
+}
+
 void run(const Problem& p, int64_t plane, Phase phase, int64_t begin, int64_t end, float* image, float* scratch) {
   typed(p.type, [&]<class T>() { run_typed<T>(p, plane, phase, begin, end, image, scratch); });
 }
 
 }  // namespace
 
-const Kernels kernels{strips, blocks, group, image, scratch, arrange, run};
+const Kernels kernels{strips, blocks, group, image, scratch, arrange, decay, run};
 
 }  // namespace fastdiff::dct::FASTDIFF_ISA

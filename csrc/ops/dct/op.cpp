@@ -81,7 +81,7 @@ std::shared_ptr<const Tables> tables_of(int64_t n) {
 }
 
 const void* data(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
-const float* floats(const std::optional<Tensor>& x) { return static_cast<const float*>(data(x)); }
+const float* of(const std::optional<Tensor>& x) { return static_cast<const float*>(data(x)); }
 std::optional<Tensor> dense(const std::optional<Tensor>& x) { return x ? std::optional(torch::stable::contiguous(*x)) : std::nullopt; }
 
 // Tables stay alive while the call runs.
@@ -158,11 +158,11 @@ struct Gains {
 
   // One for all planes is arranged once.
   Gain view(const Problem& p) {
-    if (!gain || !p.columns || p.planes == 1 || gain->numel() != p.h * p.w) return {floats(gain), begins.data(), nullptr};
+    if (!gain || !p.columns || p.planes == 1 || gain->numel() != p.h * p.w) return {of(gain), begins.data(), nullptr};
     const Kernels& kernels = pick_kernels();
     arranged = allocate(kernels.image(p));
-    kernels.arrange(p, floats(gain), arranged.get());
-    return {floats(gain), begins.data(), arranged.get()};
+    kernels.arrange(p, of(gain), arranged.get());
+    return {of(gain), begins.data(), arranged.get()};
   }
 };
 
@@ -179,16 +179,32 @@ void frequency_mix(const Tensor& x_, const Tensor& gain_, const std::optional<Te
   call.run();
 }
 
-void separable_gain(const Tensor& x_, const Tensor& rows_, const Tensor& columns_, const Tensor& base_, const std::optional<Tensor>& noise_,
-                    const std::optional<Tensor>& sigma_, const Tensor& y) {
+// The factors of a blur's gain.
+struct Decays {
+  Tensor width;
+  std::optional<Tensor> signal;
+  Buffer floats;
+
+  Decays(Problem& p, const Tensor& width_, const std::optional<Tensor>& signal_, double floor)
+      : width(torch::stable::contiguous(width_)), signal(dense(signal_)), floats(allocate(width.size(0) * (p.h + p.w))) {
+    const int64_t samples = width.size(0);
+    float *rows = floats.get(), *columns = rows + samples * p.h;
+    const Kernels& kernels = pick_kernels();
+    kernels.decay(samples, of(width), p.h, static_cast<float>(1 - floor), rows);
+    kernels.decay(samples, of(width), p.w, 1.0f, columns);
+    p.blur_h = rows, p.blur_w = columns, p.signal = of(signal), p.floor = static_cast<float>(floor);
+  }
+};
+
+void blur_diffuse(const Tensor& x_, const Tensor& width, const std::optional<Tensor>& signal, double floor, const std::optional<Tensor>& noise_,
+                  const std::optional<Tensor>& sigma_, const Tensor& y) {
   if (y.numel() == 0) return;
-  const Tensor x = torch::stable::contiguous(x_), rows = torch::stable::contiguous(rows_), columns = torch::stable::contiguous(columns_),
-               base = torch::stable::contiguous(base_);
+  const Tensor x = torch::stable::contiguous(x_);
   const std::optional<Tensor> noise = dense(noise_), sigma = dense(sigma_);
-  Call call(x, 2, Kind::separable, y);
+  Call call(x, 2, Kind::blur, y);
   Problem& p = call.p;
-  p.channels = x.size(1), p.noise = data(noise), p.sigma = floats(sigma);
-  p.gain_h = floats(rows), p.gain_w = floats(columns), p.base = floats(base);
+  p.channels = x.size(1), p.noise = data(noise), p.sigma = of(sigma);
+  const Decays decays(p, width, signal, floor);
   call.run();
 }
 
@@ -202,31 +218,29 @@ void frequency_mix_backward(const Tensor& dy_, const Tensor& x_, const Tensor& g
   call.run();
 }
 
-float* cleared(const Tensor& sum) { return std::fill_n(static_cast<float*>(sum.mutable_data_ptr()), sum.numel(), 0.0f) - sum.numel(); }
-
-void separable_gain_backward(const Tensor& dy_, const Tensor& x_, const Tensor& rows_, const Tensor& columns_, const Tensor& base_, const Tensor& dx,
-                             const Tensor& drows, const Tensor& dcolumns, const Tensor& dbase) {
-  float *to_rows = cleared(drows), *to_columns = cleared(dcolumns), *to_base = cleared(dbase);
-  if (dx.numel() == 0) return;
-  const Tensor dy = torch::stable::contiguous(dy_), x = torch::stable::contiguous(x_), rows = torch::stable::contiguous(rows_),
-               columns = torch::stable::contiguous(columns_), base = torch::stable::contiguous(base_);
-  Call call(dy, 2, Kind::separable, dx);
-  Problem& p = call.p;
-  p.channels = dy.size(1), p.eps = x.const_data_ptr();
-  p.gain_h = floats(rows), p.gain_w = floats(columns), p.base = floats(base);
-  const int64_t blocks = pick_kernels().blocks(p);
-  const Buffer sums = allocate(p.planes * (2 * p.h + blocks * p.w));
-  p.drows = sums.get(), p.dbase = p.drows + p.planes * p.h, p.dcolumns = p.dbase + p.planes * p.h;
-  call.run();
-  const auto add = [](const float* from, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
-  };
-  for (int64_t plane = 0; plane < p.planes; ++plane) {
-    const int64_t sample = plane / p.channels;
-    add(p.drows + plane * p.h, p.h, to_rows + sample * p.h);
-    for (int64_t n = 0; n < blocks; ++n) add(p.dcolumns + (plane * blocks + n) * p.w, p.w, to_columns + sample * p.w);
-    for (int64_t i = 0; i < p.h; ++i) to_base[sample] += p.dbase[plane * p.h + i];
+void blur_diffuse_backward(const Tensor& dy_, const Tensor& x_, const Tensor& width, const std::optional<Tensor>& signal, double floor,
+                           const Tensor& dx, const Tensor& dwidth, const Tensor& dsignal) {
+  const int64_t samples = dwidth.numel();
+  std::vector<double> to_width(samples), to_signal(samples);
+  if (dx.numel()) {
+    const Tensor dy = torch::stable::contiguous(dy_), x = torch::stable::contiguous(x_);
+    Call call(dy, 2, Kind::blur, dx);
+    Problem& p = call.p;
+    p.channels = dy.size(1), p.eps = x.const_data_ptr();
+    const Decays decays(p, width, signal, floor);
+    const int64_t blocks = pick_kernels().blocks(p);
+    const Buffer sums = allocate(p.planes * blocks * 3);
+    p.sums = sums.get();
+    call.run();
+    for (int64_t i = 0; i < p.planes * blocks; ++i) {
+      const float* sum = p.sums + 3 * i;
+      const int64_t sample = i / blocks / p.channels;
+      to_signal[sample] += sum[1] + p.floor * sum[0];
+      to_width[sample] -= of(decays.width)[sample] * (p.signal ? p.signal[sample] : 1.0f) * sum[2];
+    }
   }
+  std::copy(to_width.begin(), to_width.end(), static_cast<float*>(dwidth.mutable_data_ptr()));
+  std::copy(to_signal.begin(), to_signal.end(), static_cast<float*>(dsignal.mutable_data_ptr()));
 }
 
 using Maybe = std::optional<Tensor>;
@@ -271,41 +285,11 @@ Maybe frequency_mix_eager(const Tensor& x, const Tensor& gain, const Maybe& eps,
   return y;
 }
 
-// exp(-(pi i / n)^2 width^2 / 2) for i < n of every sample, by the steps and with the bits of the tensor operations of the long way.
-Tensor decay(const Tensor& width, int64_t n) {
-  const int64_t B = width.size(0);
-  const Tensor made = empty_floats<2>({B, n});
-  float* to = static_cast<float*>(made.mutable_data_ptr());
-  const float *own = floats(width), step = static_cast<float>(std::acos(-1.0) / n);
-  for (int64_t b = 0; b < B; ++b) {
-    const float time = own[b] * own[b] / -2;
-    for (int64_t i = 0; i < n; ++i) {
-      const float frequency = i * step;
-      to[b * n + i] = frequency * frequency * time;
-    }
-  }
-  StableIValue stack[] = {torch::stable::detail::from(made)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::exp_", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// separable_gain with the factors of a blur.
-Maybe blur_eager(const Tensor& x, const Tensor& width, const Maybe& signal, double floor, const Maybe& noise, const Maybe& sigma) {
+Maybe blur_diffuse_eager(const Tensor& x, const Tensor& width, const Maybe& signal, double floor, const Maybe& noise, const Maybe& sigma) {
   if (!transforms(x, 2) || x.dim() != 4 || !is_like(noise, x)) return std::nullopt;
   if (!is_per_sample(width, x) || !is_per_sample(signal, x) || !is_per_sample(sigma, x)) return std::nullopt;
-  const Tensor widths = torch::stable::contiguous(width), rows = decay(widths, x.size(2)), columns = decay(widths, x.size(3));
-  const Maybe signals = dense(signal);
-  const int64_t B = x.size(0), h = x.size(2);
-  const Tensor base = empty_floats<1>({B});
-  float *to_rows = static_cast<float*>(rows.mutable_data_ptr()), *to_base = static_cast<float*>(base.mutable_data_ptr());
-  const float *factors = floats(signals), least = static_cast<float>(floor), rest = static_cast<float>(1 - floor);
-  for (int64_t b = 0; b < B; ++b) {
-    const float factor = factors ? factors[b] : 1.0f;
-    for (int64_t i = 0; i < h; ++i) to_rows[b * h + i] = factor * (rest * to_rows[b * h + i]);
-    to_base[b] = factor * least;
-  }
   const Tensor y = made_as(x);
-  separable_gain(x, rows, columns, base, noise, sigma, y);
+  blur_diffuse(x, width, signal, floor, noise, sigma, y);
   return y;
 }
 
@@ -321,20 +305,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_cpu, m) {
   m.def(
       "frequency_mix_eager(Tensor x, Tensor gain, Tensor? eps, Tensor? gain_eps, Tensor? noise, Tensor? gain_noise, int dims) "
       "-> Tensor?");
-  m.def("blur_eager(Tensor x, Tensor width, Tensor? signal, float floor, Tensor? noise, Tensor? sigma) -> Tensor?");
+  m.def("blur_diffuse_eager(Tensor x, Tensor width, Tensor? signal, float floor, Tensor? noise, Tensor? sigma) -> Tensor?");
   m.def("frequency_mix_backward(Tensor dy, Tensor x, Tensor gain, int dims, Tensor(a!) dx, Tensor(b!) product) -> ()");
+  m.def("blur_diffuse(Tensor x, Tensor width, Tensor? signal, float floor, Tensor? noise, Tensor? sigma, Tensor(a!) y) -> ()");
   m.def(
-      "separable_gain_backward(Tensor dy, Tensor x, Tensor rows, Tensor columns, Tensor base, Tensor(a!) dx, Tensor(b!) drows, "
-      "Tensor(c!) dcolumns, Tensor(d!) dbase) -> ()");
-  m.def("separable_gain(Tensor x, Tensor rows, Tensor columns, Tensor base, Tensor? noise, Tensor? sigma, Tensor(a!) y) -> ()");
+      "blur_diffuse_backward(Tensor dy, Tensor x, Tensor width, Tensor? signal, float floor, Tensor(a!) dx, Tensor(b!) dwidth, "
+      "Tensor(c!) dsignal) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_cpu, CPU, m) {
   m.impl("dct", TORCH_BOX(&fastdiff::dct::dct));
   m.impl("frequency_mix", TORCH_BOX(&fastdiff::dct::frequency_mix));
-  m.impl("separable_gain", TORCH_BOX(&fastdiff::dct::separable_gain));
+  m.impl("blur_diffuse", TORCH_BOX(&fastdiff::dct::blur_diffuse));
   m.impl("dct_eager", TORCH_BOX(&fastdiff::dct::dct_eager));
   m.impl("frequency_mix_eager", TORCH_BOX(&fastdiff::dct::frequency_mix_eager));
-  m.impl("blur_eager", TORCH_BOX(&fastdiff::dct::blur_eager));
+  m.impl("blur_diffuse_eager", TORCH_BOX(&fastdiff::dct::blur_diffuse_eager));
   m.impl("frequency_mix_backward", TORCH_BOX(&fastdiff::dct::frequency_mix_backward));
-  m.impl("separable_gain_backward", TORCH_BOX(&fastdiff::dct::separable_gain_backward));
+  m.impl("blur_diffuse_backward", TORCH_BOX(&fastdiff::dct::blur_diffuse_backward));
 }

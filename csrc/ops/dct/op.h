@@ -25,7 +25,7 @@ inline bool in_registers(int64_t n) { return n <= 8 || n == 10 || n == 12 || n =
 // And whole lengths that are computed there without being halved first.
 inline bool alone_in_registers(int64_t n) { return n == 28 || n == 32; }
 
-enum class Kind { forward, inverse, gain, separable };
+enum class Kind { forward, inverse, gain, blur };
 
 // Contiguous planes of gains (rows, where rows alone are transformed), shared between those that begin at the same element; or one
 // for all planes, arranged as blocks of columns.
@@ -45,13 +45,13 @@ struct Problem {
   const void *x, *eps, *noise;  // the last two are null where there are none
   void* y;
   Gain gain, gain_eps, gain_noise;  // kind gain
-  // Kind separable: per sample of `channels` planes.
+  // Kind blur: per sample of `channels` planes signal (rows columns^T + floor), then sigma noise; without signal it is 1.
   int64_t channels;
-  const float *gain_h, *gain_w, *base, *sigma;
-  // Beside the gradient of a result in x, and in eps what the gain was applied to, its gradient: one element of DCT(x) DCT(eps) per
-  // frequency, or of a separable one the sums of these over rows and columns, the columns' for every block of rows alone.
-  float* product;                   // planes x h x w
-  float *drows, *dbase, *dcolumns;  // planes x h, planes x h, planes x blocks x w
+  const float *blur_h, *blur_w, *signal, *sigma;
+  float floor;
+  // Beside the gradient of a result in x, and in eps what the gain was applied to, the gain's: u = DCT(x) DCT(eps) for every frequency, or
+  // of a blur, for every block of rows, the sums of u, of u rows columns^T, and of this times the square of the angular frequency.
+  float *product, *sums;  // planes x h x w, planes x blocks x 3
 };
 
 // Columns are transformed into an image, rows from there and into it again, columns out of it: in one item if the plane is small, else
@@ -62,6 +62,8 @@ struct Kernels {
   // Strips of columns, blocks of rows, and most strips of a call; floats of an image, and of what an item needs beside it.
   int64_t (*strips)(const Problem&), (*blocks)(const Problem&), (*group)(const Problem&), (*image)(const Problem&), (*scratch)(const Problem&);
   void (*arrange)(const Problem&, const float* gain, float* arranged);  // padded rows x padded columns
+  // factor exp(-(pi i / n)^2 width^2 / 2) for i < n of every sample.
+  void (*decay)(int64_t samples, const float* width, int64_t n, float factor, float* to);
   void (*run)(const Problem&, int64_t plane, Phase, int64_t begin, int64_t end, float* image, float* scratch);
 };
 

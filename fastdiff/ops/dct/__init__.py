@@ -1,6 +1,6 @@
 """Orthonormal cosine transforms of images, gains on their frequencies, and the steps of a blurring diffusion made of these."""
 
-import math
+from dataclasses import replace
 
 import torch
 
@@ -31,6 +31,12 @@ def _cuda(name, dims):
     return cuda(name, refuse=refuse, plan=lambda *_: "whole planes in shared memory, a row or a column in a thread's registers")
 
 
+def _cuda_blur():
+    """The kernel takes the factors of the gain."""
+    kernel = _cuda("separable_gain", lambda args: 2)
+    return replace(kernel, run=lambda args, outs: kernel.run((args[0], *reference.blur_factors(*args[:4]), *args[4:]), outs))
+
+
 DCT = contract("dct(Tensor x, int dims, bool inverse) -> Tensor", outputs=lambda x, *_: _like(x), reference=reference.dct,
                backends=(_cuda("dct", lambda args: args[0]), triton.DCT, cpu("dct")), module=__name__,
                entries=("dct_eager",))
@@ -38,11 +44,10 @@ DCT = contract("dct(Tensor x, int dims, bool inverse) -> Tensor", outputs=lambda
 MIX = contract("frequency_mix(Tensor x, Tensor gain, Tensor? eps, Tensor? gain_eps, Tensor? noise, Tensor? gain_noise, int dims) -> Tensor",
                outputs=lambda x, *_: _like(x), reference=reference.frequency_mix, module=__name__,
                backends=(_cuda("frequency_mix", lambda args: args[-1]), triton.MIX, cpu("frequency_mix")), entries=("frequency_mix_eager",))
-# IDCT((rows columns^T + base) DCT(x)) + sigma noise, per sample; rows (B, h), columns (B, w), base and sigma (B,) as the gains above.
-SEPARABLE = contract("separable_gain(Tensor x, Tensor rows, Tensor columns, Tensor base, Tensor? noise, Tensor? sigma) -> Tensor",
-                     outputs=lambda x, *_: _like(x), reference=reference.separable_gain,
-                     backends=(_cuda("separable_gain", lambda args: 2), triton.SEPARABLE, cpu("separable_gain")), module=__name__,
-                     entries=("blur_eager",))
+# signal IDCT(((1 - floor) exp(-lambda width^2 / 2) + floor) DCT(x)) + sigma noise, per sample.
+BLUR = contract("blur_diffuse(Tensor x, Tensor width, Tensor? signal, float floor, Tensor? noise, Tensor? sigma) -> Tensor",
+                outputs=lambda x, *_: _like(x), reference=reference.blur_diffuse, module=__name__,
+                backends=(_cuda_blur(), triton.BLUR, cpu("blur_diffuse")), entries=("blur_diffuse_eager",))
 
 
 def _wide(x):
@@ -63,9 +68,9 @@ def _mix_gradients(dy, x, gain, dims):
     return _like(x), x.new_empty(x.shape, dtype=gain.dtype)
 
 
-def _separable_gradients(dy, x, rows, columns, base):
-    _alike("separable_gain_backward", dy, x)
-    return _like(x), *(torch.empty_like(g, memory_format=torch.contiguous_format) for g in (rows, columns, base))
+def _blur_gradients(dy, x, width, signal, floor):
+    _alike("blur_diffuse_backward", dy, x)
+    return _like(x), width.new_empty(width.shape), width.new_empty(width.shape)
 
 
 def _run_mix_backward(args, outs):
@@ -74,23 +79,22 @@ def _run_mix_backward(args, outs):
     torch.mul(_wide(DCT(dy, dims, False)), DCT(x, dims, False), out=outs[1])
 
 
-def _run_separable_backward(args, outs):
-    dy, x, rows, columns, base = args
-    into("separable_gain", outs[:1], dy, rows, columns, base, None, None)
-    dgain = (_wide(DCT(dy, 2, False)) * DCT(x, 2, False)).sum(1)
-    torch.sum(dgain * columns.unsqueeze(1), 2, out=outs[1])
-    torch.sum(dgain * rows.unsqueeze(2), 1, out=outs[2])
-    torch.sum(dgain, (1, 2), out=outs[3])
+def _run_blur_backward(args, outs):
+    dy, x, width, signal, floor = args
+    into("blur_diffuse", outs[:1], dy, width, signal, floor, None, None)
+    product = _wide(DCT(dy, 2, False)) * DCT(x, 2, False)
+    for out, gradient in zip(outs[1:], reference.blur_gradients(product, width, signal, floor), strict=True):
+        out.copy_(gradient)
 
 
-# IDCT(gain DCT(dy)), and DCT(dy) DCT(x) in the gain's dtype; of a separable gain its sums. On a GPU composed of the kernels above.
+# IDCT(gain DCT(dy)), and the gain's gradient: before it is summed to its shape, DCT(dy) DCT(x) in its dtype; a blur's in width and signal.
+# On a GPU composed of the kernels above.
 MIX_BACKWARD = contract("frequency_mix_backward(Tensor dy, Tensor x, Tensor gain, int dims) -> (Tensor, Tensor)", outputs=_mix_gradients,
                         reference=reference.frequency_mix_backward, backends=(on_triton(_run_mix_backward), cpu("frequency_mix_backward")),
                         module=__name__)
-SEPARABLE_BACKWARD = contract("separable_gain_backward(Tensor dy, Tensor x, Tensor rows, Tensor columns, Tensor base)"
-                              " -> (Tensor, Tensor, Tensor, Tensor)", outputs=_separable_gradients, module=__name__,
-                              reference=reference.separable_gain_backward,
-                              backends=(on_triton(_run_separable_backward), cpu("separable_gain_backward")))
+BLUR_BACKWARD = contract("blur_diffuse_backward(Tensor dy, Tensor x, Tensor width, Tensor? signal, float floor)"
+                         " -> (Tensor, Tensor, Tensor)", outputs=_blur_gradients, reference=reference.blur_diffuse_backward,
+                         backends=(on_triton(_run_blur_backward), cpu("blur_diffuse_backward")), module=__name__)
 
 
 # The transform is orthogonal: its transpose is its inverse.
@@ -127,30 +131,32 @@ def _mix_jvp(ctx, dx, dgain, deps, dgain_eps, dnoise, dgain_noise, _):
 MIX.autograd(save=lambda ctx, args, outs: args[:6], backward=_mix_backward, jvp=_mix_jvp)
 
 
-def _separable_backward(ctx, dy):
+def _blur_backward(ctx, dy):
     if dy is None:
         return (None,) * 6
-    (x, rows, columns, base, noise, sigma), wants = ctx.saved_tensors, ctx.wants
-    if any(wants[1:4]):
-        grads = SEPARABLE_BACKWARD(dy, x, rows, columns, base)
+    (x, width, signal, noise, sigma), floor, wants = ctx.saved_tensors, ctx.args[3], ctx.wants
+    if wants[1] or wants[2]:
+        dx, dwidth, dsignal = BLUR_BACKWARD(dy, x, width, signal, floor)
     else:
-        grads = SEPARABLE(dy, rows, columns, base, None, None) if wants[0] else None, None, None, None
-    return (*grads, (sigma.view(-1, 1, 1, 1) * dy).to(dy.dtype) if wants[4] else None,
+        dx, dwidth, dsignal = BLUR(dy, width, signal, floor, None, None) if wants[0] else None, None, None
+    return (dx, dwidth, None if signal is None else dsignal, None, (sigma.view(-1, 1, 1, 1) * dy).to(dy.dtype) if wants[4] else None,
             (_wide(dy) * noise).sum((1, 2, 3)) if wants[5] else None)
 
 
-def _separable_jvp(ctx, dx, drows, dcolumns, dbase, dnoise, dsigma):
-    x, rows, columns, base, noise, sigma = ctx.saved_tensors
-    outer = ((drows, columns), (rows, dcolumns))
-    dgains = [a.unsqueeze(2) * b.unsqueeze(1) for a, b in outer if a is not None and b is not None]
-    dgains += [] if dbase is None else [dbase.view(-1, 1, 1).expand(-1, x.shape[2], x.shape[3])]
-    parts = [] if dx is None else [SEPARABLE(dx, rows, columns, base, None, None)]
-    parts += [_gained(x, sum(dgains[1:], dgains[0]).unsqueeze(1), 2)] if dgains else []
+def _blur_jvp(ctx, dx, dwidth, dsignal, _, dnoise, dsigma):
+    (x, width, signal, noise, sigma), floor = ctx.saved_tensors, ctx.args[3]
+    parts = [] if dx is None else [BLUR(dx, width, signal, floor, None, None)]
+    parts += [] if dsignal is None else [BLUR(x, width, dsignal, floor, None, None)]
+    if dwidth is not None:
+        rows, columns, _ = reference.blur_factors(x, width, signal, floor)
+        frequencies = [reference.frequencies(n, width).square() for n in x.shape[2:]]
+        decay = rows.unsqueeze(2) * columns.unsqueeze(1) * (frequencies[0].unsqueeze(1) + frequencies[1])
+        parts.append(_gained(x, (-(width * dwidth).view(-1, 1, 1) * decay).unsqueeze(1), 2))
     parts += [(a.view(-1, 1, 1, 1) * b).to(x.dtype) for a, b in ((sigma, dnoise), (dsigma, noise)) if a is not None and b is not None]
     return sum(parts[1:], parts[0])
 
 
-SEPARABLE.autograd(save=lambda ctx, args, outs: args, backward=_separable_backward, jvp=_separable_jvp)
+BLUR.autograd(save=lambda ctx, args, outs: (*args[:3], *args[4:]), backward=_blur_backward, jvp=_blur_jvp)
 
 
 def _lead(x, dim, rank):
@@ -185,8 +191,8 @@ def _mix_backward_vmap(info, in_dims, dy, x, gain, dims):
 
 MIX.vmap(_mix_vmap)
 MIX_BACKWARD.vmap(_mix_backward_vmap)
-SEPARABLE.vmap_batch()
-SEPARABLE_BACKWARD.vmap_batch()
+BLUR.vmap_batch()
+BLUR_BACKWARD.vmap_batch()
 
 
 def _axes(op, x, dims):
@@ -235,17 +241,6 @@ def _check_scalars(op, x, **scalars):
 def _check_floor(op, floor):
     if isinstance(floor, bool) or not isinstance(floor, int | float):
         raise TypeError(f"{op}: floor wants a float, got {floor!r}")
-
-
-def _blurred(x, width, signal, floor, noise, sigma):
-    """SEPARABLE with the gain signal ((1 - floor) exp(-lambda width^2 / 2) + floor)."""
-    time = (width.square() / -2).unsqueeze(1)
-    decay = [torch.exp((torch.arange(n, device=x.device).to(width.dtype) * (math.pi / max(n, 1))).square() * time) for n in x.shape[2:]]
-    base = torch.full_like(width, floor)
-    rows = (1 - floor) * decay[0]
-    if signal is not None:
-        rows, base = signal.unsqueeze(1) * rows, signal * floor
-    return SEPARABLE(x, rows, decay[1], base, noise, sigma)
 
 
 def _transform(op, x, dims, inverse):
@@ -304,12 +299,12 @@ def blur(x, width, *, floor=0.0):
     Source   Rissanen et al. 2023; floor: Hoogeboom & Salimans 2023
     """
     _check_floor("blur", floor)
-    y = SEPARABLE.eager((x, width, None, floor, None, None), required=(0, 1))
+    y = BLUR.eager((x, width, None, floor, None, None), required=(0, 1))
     if y is not None:
         return y
     _images("blur", x=x)
     _check_scalars("blur", x, width=width)
-    return _blurred(x, width, None, floor, None, None)
+    return BLUR(x, width, None, floor, None, None)
 
 
 def blur_diffuse(x, noise, signal, sigma, width, *, floor=1e-3):
@@ -323,12 +318,12 @@ def blur_diffuse(x, noise, signal, sigma, width, *, floor=1e-3):
     Source   Hoogeboom & Salimans 2023, section 4
     """
     _check_floor("blur_diffuse", floor)
-    z = SEPARABLE.eager((x, width, signal, floor, noise, sigma), required=(0, 1, 2, 4, 5))
+    z = BLUR.eager((x, width, signal, floor, noise, sigma), required=(0, 1, 2, 4, 5))
     if z is not None:
         return z
     _images("blur_diffuse", x=x, noise=noise)
     _check_scalars("blur_diffuse", x, signal=signal, sigma=sigma, width=width)
-    return _blurred(x, width, signal, floor, noise, sigma)
+    return BLUR(x, width, signal, floor, noise, sigma)
 
 
 def blur_denoise(z, eps, noise, gain_z, gain_eps, gain_noise):

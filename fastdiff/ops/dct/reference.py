@@ -41,7 +41,33 @@ def frequency_mix_backward(dy, x, gain, dims):
     return frequency_mix(dy, gain, None, None, None, None, dims), (dct(dy, dims, False).to(gain.dtype) * dct(x, dims, False)).to(gain.dtype)
 
 
-def separable_gain_backward(dy, x, rows, columns, base):
-    dx, dgain = frequency_mix_backward(dy, x, (rows.unsqueeze(2) * columns.unsqueeze(1) + base.view(-1, 1, 1)).unsqueeze(1), 2)
-    dgain = dgain.sum(1)
-    return dx, (dgain * columns.unsqueeze(1)).sum(2), (dgain * rows.unsqueeze(2)).sum(1), dgain.sum((1, 2))
+def frequencies(n, like):
+    return torch.arange(n, device=like.device).to(like.dtype) * (torch.pi / max(n, 1))
+
+
+def blur_factors(x, width, signal, floor):
+    """rows (B, h), columns (B, w) and base (B,) of separable_gain, whose gain is signal ((1 - floor) exp(-lambda width^2 / 2) + floor)."""
+    time = (width.square() / -2).unsqueeze(1)
+    rows, columns = (torch.exp(frequencies(n, width).square() * time) for n in x.shape[2:])
+    rows = (1 - floor) * rows
+    if signal is None:
+        return rows, columns, torch.full_like(width, floor)
+    return signal.unsqueeze(1) * rows, columns, signal * floor
+
+
+def blur_diffuse(x, width, signal, floor, noise, sigma):
+    return separable_gain(x, *blur_factors(x, width, signal, floor), noise, sigma)
+
+
+def blur_gradients(product, width, signal, floor):
+    """The gradients of a blur in width and signal (in a signal of 1 where there is none), from the gain's, DCT(dy) DCT(x)."""
+    rows, columns, _ = blur_factors(product, width, None, floor)
+    product, decay = product.sum(1), rows.unsqueeze(2) * columns.unsqueeze(1)
+    squared = frequencies(product.shape[1], width).square().unsqueeze(1) + frequencies(product.shape[2], width).square()
+    dwidth = -width * (decay * squared * product).sum((1, 2))
+    return dwidth if signal is None else signal * dwidth, ((decay + floor) * product).sum((1, 2))
+
+
+def blur_diffuse_backward(dy, x, width, signal, floor):
+    product = dct(dy, 2, False).to(width.dtype) * dct(x, 2, False)
+    return blur_diffuse(dy, width, signal, floor, None, None), *blur_gradients(product, width, signal, floor)

@@ -76,7 +76,7 @@ def _columns(x_ptr, i_b, i_c, left, columns_ptr, o_h, o_out, H, W, one, strides,
 @jit
 def _plane(x_ptr, gain_ptr, eps_ptr, gain_eps_ptr, noise_ptr, gain_noise_ptr, y_ptr, rows_ptr, columns_ptr, C, H, W, one,
            strides, KIND: tl.constexpr, WIDTH_H: tl.constexpr, WIDTH_W: tl.constexpr, BLOCK: tl.constexpr):
-    """A plane's transform (KIND "forward" or "inverse"), `frequency_mix` ("mix") or `separable_gain` ("blur", base and sigma as gains).
+    """A plane's transform (KIND "forward" or "inverse"), `frequency_mix` ("mix") or a blur ("blur", base and sigma as gains).
 
     grid    B C
     layout  the first seven (B, C, H, W), any strides, and the strides of each; all but x and y may be None; rows, columns: what `_matrix`
@@ -285,8 +285,9 @@ def _run_mix(args, outs):
         _run_axes("inverse", matrices, total, y)
 
 
-def _run_separable(args, outs):
-    x, rows, columns, base, noise, sigma = args
+def _run_blur(args, outs):
+    x, width, signal, floor, noise, sigma = args
+    rows, columns, base = reference.blur_factors(x, width, signal, floor)
     (y,) = outs
     if x.numel():
         base, sigma = (None if s is None else s.view(-1, 1, 1, 1).expand(x.shape) for s in (base, sigma))
@@ -308,4 +309,4 @@ def _plan(x, dims):
 
 DCT = triton(_run_dct, refuse=lambda x, dims, _: _refuse(x, dims), plan=lambda x, dims, _: _plan(x, dims))
 MIX = triton(_run_mix, refuse=lambda x, *args: _refuse(x, args[-1]), plan=lambda x, *args: _plan(x, args[-1]))
-SEPARABLE = triton(_run_separable, refuse=lambda x, *_: _refuse(x, 2), plan=lambda x, *_: _plan(x, 2))
+BLUR = triton(_run_blur, refuse=lambda x, *_: _refuse(x, 2), plan=lambda x, *_: _plan(x, 2))
