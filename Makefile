@@ -54,7 +54,7 @@ $(VENV)/.installed: constraints.txt
 # any of these with its dependencies would replace torch.
 $(VENV)/.demo: $(VENV)/.installed
 	$(PIP) --no-deps rin-pytorch perceiver-pytorch torchvision beartype ema-pytorch accelerate pyyaml safetensors packaging tqdm pillow \
-	timm torch-dct dctorch denoising-diffusion-pytorch
+	timm torch-dct dctorch denoising-diffusion-pytorch perceiver-ar-pytorch hourglass-transformer-pytorch
 	$(PIP) scikit-learn transformers diffusers
 	touch $@
 

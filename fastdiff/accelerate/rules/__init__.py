@@ -6,12 +6,25 @@ One file per package, with its `RULES`; `traced` looks into the classes no row n
 import importlib
 from functools import lru_cache
 
-from . import denoising_diffusion, diffusers, einops, perceiver_pytorch, pytorch, rin_pytorch, timm, traced, transformers
+from . import (
+    denoising_diffusion,
+    diffusers,
+    einops,
+    hourglass_transformer_pytorch,
+    perceiver_ar_pytorch,
+    perceiver_pytorch,
+    pytorch,
+    rin_pytorch,
+    timm,
+    traced,
+    transformers,
+)
 from .rule import Replaced, Rule, hidden
 
 __all__ = ["RULES", "Replaced", "Rule", "hidden", "own_class", "plain_class", "replacement", "rule_of", "traced"]
 
-_PACKAGES = (denoising_diffusion, diffusers, einops, perceiver_pytorch, pytorch, rin_pytorch, timm, transformers)
+_PACKAGES = (denoising_diffusion, diffusers, einops, hourglass_transformer_pytorch, perceiver_ar_pytorch, perceiver_pytorch, pytorch,
+             rin_pytorch, timm, transformers)
 RULES = tuple(sorted((rule for package in _PACKAGES for rule in package.RULES), key=lambda rule: rule.kind))
 _BY_CLASS = {(rule.module, rule.name): rule for rule in RULES}
 
