@@ -1,5 +1,6 @@
 """A model before and after `accelerate`, on an example: errors, times, memory, and which replacements are worth it."""
 
+import os
 from contextlib import ExitStack, contextmanager
 from statistics import median
 from time import perf_counter, thread_time
@@ -27,9 +28,18 @@ def difference(plain, other):
     return error, error / size if size else error
 
 
-def not_faster(before, after):
-    """Whether seconds after, beside seconds before, call for the original: their medians and their least not 3 % below, which noise is."""
-    return median(after) > 0.97 * median(before) and min(after) > 0.97 * min(before)
+def not_faster(before, after, least=0.97):
+    """Whether seconds after are more than `least` of seconds before, by their medians and by their least; 3 % are noise."""
+    return median(after) > least * median(before) and min(after) > least * min(before)
+
+
+def not_worth(forward, step):
+    """Whether the original stays: forward and step, with backward too, are (seconds before, seconds after), step None where none is wanted.
+
+    A replacement stays that is faster in one and slower in neither.
+    """
+    runs = [run for run in (forward, step) if run]
+    return all(not_faster(*run) for run in runs) or any(not_faster(*run, 1.03) for run in runs)
 
 
 @contextmanager
@@ -45,18 +55,23 @@ def _steady(model):
             m.training = mode
 
 
-def _gradients(call, module, arguments, keywords):
-    """The gradients of a weighted sum of the outputs of call(*arguments, **keywords), of inputs and of module's parameters; or None."""
+def _step(call, module, arguments, keywords, now=perf_counter):
+    """(gradients of a weighted sum of the outputs of call(*arguments, **keywords), of inputs and of module's parameters, its seconds with
+    the forward pass); or None where there are none."""
     fresh = lambda x: x.detach().clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
     arguments, keywords = tree_map(fresh, (arguments, keywords))
     wanted = [t for t in (*tree_leaves((arguments, keywords)), *module.parameters()) if isinstance(t, torch.Tensor) and t.requires_grad]
     torch.manual_seed(0)
     with torch.enable_grad():
+        start = now()
         outs = [t for t in tree_leaves(call(*arguments, **keywords)) if isinstance(t, torch.Tensor) and t.requires_grad]
+        forward = now() - start
         if not outs or not wanted:
             return None
-        loss = sum((t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view(t.shape)).sum() for t in outs)
-        return torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        weights = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view(t.shape) for t in outs]
+        start = now()
+        grads = torch.autograd.grad(outs, wanted, weights, allow_unused=True, materialize_grads=True)
+        return grads, forward + now() - start
 
 
 def _backward_error(plain, fast, module, arguments, keywords):
@@ -64,10 +79,10 @@ def _backward_error(plain, fast, module, arguments, keywords):
     if isinstance(module, torch.nn.parallel.DistributedDataParallel):
         return None  # its reducer would wait for the rest of the backward
     try:
-        before = _gradients(plain, module, arguments, keywords)
+        before = _step(plain, module, arguments, keywords)
     except RuntimeError:  # no derivative
         return None
-    return None if before is None else difference(before, _gradients(fast, module, arguments, keywords))[1]
+    return None if before is None else difference(before[0], _step(fast, module, arguments, keywords)[0])[1]
 
 
 def measure(report, model, swaps, example):
@@ -83,6 +98,11 @@ def measure(report, model, swaps, example):
     wait = torch.cuda.synchronize if cuda else lambda: None
     # One thread's own time is not disturbed by other programs.
     clock = thread_time if not cuda and torch.get_num_threads() == 1 else perf_counter
+    trained = {id(m) for m in model.modules() if m.training} if any(p.requires_grad for p in model.parameters()) else set()
+
+    def now():
+        wait()
+        return clock()
 
     def side(which):
         for swap in swaps:
@@ -92,11 +112,9 @@ def measure(report, model, swaps, example):
         """The model's output and its seconds, with the modules plain (1) or replaced (2)."""
         side(which)
         torch.manual_seed(0)
-        wait()
-        start = clock()
+        start = now()
         out = model(*arguments, **keywords)
-        wait()
-        return out, clock() - start
+        return out, now() - start
 
     def groups():
         # Those inside others are looked at apart: with hooks on them, their holder's replacement would let the original run.
@@ -115,16 +133,16 @@ def measure(report, model, swaps, example):
 
     with _steady(model):
         run(1)
-        sizes = {}
+        sizes, steps = {}, {}
         for group in groups():
             with ExitStack() as hooks:
                 for row, swap in group:
-                    hooks.enter_context(_compared(row, *swap, sizes))
+                    hooks.enter_context(_compared(row, *swap, sizes, steps if id(swap[0]) in trained else None, now))
                 run(1)
         reasons = {}
         for group in groups():
             with ExitStack() as hooks:
-                timers = [hooks.enter_context(_timed(swap[0], wait, clock)) for _, swap in group]
+                timers = [hooks.enter_context(_timed(swap[0], now)) for _, swap in group]
                 sums = [[], []]
                 end = perf_counter() + SECONDS
                 while len(sums[0]) < RUNS + 1 or (len(sums[0]) < 4 * RUNS and perf_counter() < end):
@@ -137,11 +155,16 @@ def measure(report, model, swaps, example):
             for (row, _), before, after, timer in zip(group, *(list(zip(*s[1:], strict=True)) for s in sums), timers, strict=True):
                 if timer:
                     row.time_before, row.time_after = median(before), median(after)
-                    alike.setdefault((row.kind, sizes.get(id(row))), []).append((row, before, after))
+                    step = steps.get(id(row))
+                    if step:
+                        row.step_before, row.step_after = map(median, step)
+                    alike.setdefault((row.kind, sizes.get(id(row)), step is None), []).append((row, (before, after), step))
             for rows in alike.values():  # modules of one class and size are judged together: one by one, noise would decide
-                before, after = ([sum(run) for run in zip(*(row[i] for row in rows), strict=True)] for i in (1, 2))
-                if not_faster(before, after):
-                    times = f"{1e3 * median(before):.3f} ms as it is, {1e3 * median(after):.3f} ms replaced"
+                summed = lambda runs: [[sum(run) for run in zip(*side, strict=True)] for side in zip(*runs, strict=True)]
+                forward, step = summed([row[1] for row in rows]), summed([row[2] for row in rows]) if rows[0][2] else None
+                if not_worth(forward, step):
+                    times = ", with backward ".join(f"{1e3 * median(before):.3f} ms as it is, {1e3 * median(after):.3f} ms replaced"
+                                                    for before, after in filter(None, (forward, step)))
                     many = f" for {len(rows)} of its kind" if len(rows) > 1 else ""
                     reasons |= {id(row): f"not faster at the example's sizes: {times}{many}" for row, *_ in rows}
         leave(reasons)
@@ -150,6 +173,9 @@ def measure(report, model, swaps, example):
         report.error_backward = _backward_error(call(1), call(2), model, arguments, keywords)
         times = [(run(1)[1], run(2)[1]) for _ in range(RUNS)]
         report.time_before, report.time_after = map(median, zip(*times, strict=True))
+        if trained and report.error_backward is not None:
+            times = [[_step(call(which), model, arguments, keywords, now)[1] for which in (1, 2)] for _ in range(RUNS)]
+            report.step_before, report.step_after = map(median, zip(*times, strict=True))
         for which, field in ((1, "memory_before"), (2, "memory_after")):
             _, whole, dense = _profiled(lambda which=which: run(which), [], cuda)  # hooks can change what a model runs
             setattr(report, field, whole)
@@ -175,6 +201,7 @@ def _around(module, enter, leave):
 def _profiled(run, modules, cuda):
     """(peak bytes of tensors during a call of each module above those before it, or None; the same of the whole run; share of the time in
     DENSE)."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read at a process's first profile: no lines about each start and stop
     opened, names = [], [f"fastdiff:{i}" for i in range(len(modules))]
 
     def enter(name):
@@ -211,9 +238,10 @@ def _profiled(run, modules, cuda):
 
 
 @contextmanager
-def _compared(row, module, plain, fast, sizes):
-    """Within, each call of the plain module also runs the replacement on the same input and notes the largest errors in `row`, and
-    in `sizes` the shapes of its inputs and parameters."""
+def _compared(row, module, plain, fast, sizes, steps, now):
+    """Within, each call of the plain module also runs the replacement on the same input and notes the largest errors in `row`, in
+    `sizes` the shapes of its inputs and parameters, and unless `steps` is None in it (seconds, seconds replaced) of forward and backward
+    of all calls, a few times."""
 
     def call(kind):
         def forward(*arguments, **keywords):
@@ -226,6 +254,11 @@ def _compared(row, module, plain, fast, sizes):
         try:
             errors = (difference(out, call(fast)(*arguments, **keywords))[1],
                       _backward_error(call(plain), call(fast), m, arguments, keywords))
+            if steps is not None and errors[1] is not None:
+                step = steps.setdefault(id(row), ([0.0] * RUNS, [0.0] * RUNS))
+                for i in range(RUNS):
+                    for side, kind in zip(step, (plain, fast), strict=True):
+                        side[i] += _step(call(kind), m, arguments, keywords, now)[1]
         finally:
             m.__class__ = plain
         sizes[id(row)] = tuple(t.shape for t in (*tree_leaves((arguments, keywords)), *m.parameters()) if isinstance(t, torch.Tensor))
@@ -241,17 +274,9 @@ def _compared(row, module, plain, fast, sizes):
 
 
 @contextmanager
-def _timed(module, wait, clock):
+def _timed(module, now):
     """A list that gets the seconds of every call of the module."""
     seconds, started = [], []
 
-    def enter():
-        wait()
-        started.append(clock())
-
-    def leave():
-        wait()
-        seconds.append(clock() - started.pop())
-
-    with _around(module, enter, leave):
+    with _around(module, lambda: started.append(now()), lambda: seconds.append(now() - started.pop())):
         yield seconds

@@ -10,7 +10,8 @@ from rich.text import Text
 @dataclass
 class Figures:
     """With an example: the largest difference of the output on the same input, relative to the largest output; that of the gradients of
-    inputs and parameters (None where there are none); seconds without gradients and peak bytes of tensors made meanwhile, before and after.
+    inputs and parameters (None where there are none); seconds without gradients and peak bytes of tensors made meanwhile, before and after;
+    where the model was in training mode, seconds of forward and backward.
     """
 
     error_forward: float | None = None
@@ -19,17 +20,27 @@ class Figures:
     time_after: float | None = None
     memory_before: int | None = None
     memory_after: int | None = None
+    step_before: float | None = None
+    step_after: float | None = None
 
-    def cells(self):
+    def cells(self, steps):
+        """Under `headers`."""
         if self.time_before is None:
-            return "not run", *[""] * 6
+            return "not run", *[""] * (len(headers(steps)) - 1)
         backward = "" if self.error_backward is None else f"{self.error_backward:.1e}"
         memory = ("" if m is None else f"{m / 2**20:.2f}" for m in (self.memory_before, self.memory_after))
-        return (f"{self.error_forward:.1e}", backward, f"{1e3 * self.time_before:.2f}", f"{1e3 * self.time_after:.2f}",
-                f"{self.time_before / self.time_after:.2f}", *memory)
+        step = _times(self.step_before, self.step_after) if steps else ()
+        return f"{self.error_forward:.1e}", backward, *_times(self.time_before, self.time_after), *step, *memory
 
 
-HEADERS = ("error forward", "backward", "ms before", "after", "ratio", "MiB before", "after")
+def _times(before, after):
+    return ("",) * 3 if before is None else (f"{1e3 * before:.2f}", f"{1e3 * after:.2f}", f"{before / after:.2f}")
+
+
+def headers(steps):
+    """The table's columns; steps: whether training steps were timed."""
+    return ("error forward", "backward", "ms before", "after", "ratio", *(("step before", "after", "ratio") if steps else ()),
+            "MiB before", "after")
 
 
 @dataclass
@@ -67,6 +78,10 @@ class Report(Figures):
     def measured(self):
         return self.time_before is not None
 
+    @property
+    def stepped(self):
+        return self.step_before is not None
+
     def print(self, console=None):
         (console or Console()).print(self)
 
@@ -90,11 +105,11 @@ class Report(Figures):
         table = Table("replaced", "class", show_footer=self.measured)
         if self.measured:
             table.columns[0].footer = "the whole model"
-            for header, footer in zip(HEADERS, self.cells(), strict=True):
+            for header, footer in zip(headers(self.stepped), self.cells(self.stepped), strict=True):
                 table.add_column(header, footer=footer, justify="right")
         noted = any(row.note for row in self.replaced)
         if noted:
             table.add_column("note")
         for row in self.replaced:
-            table.add_row(row.name, row.kind, *(row.cells() if self.measured else ()), *((row.note or "",) if noted else ()))
+            table.add_row(row.name, row.kind, *(row.cells(self.stepped) if self.measured else ()), *((row.note or "",) if noted else ()))
         return table

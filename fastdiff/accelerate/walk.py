@@ -30,10 +30,11 @@ def accelerate(model, example=None, *, show=True):
     runs `fastdiff.ops`. `restore` undoes it; copies and pickles stay accelerated.
 
     example  a tensor, a tuple of positional or a dict of keyword inputs: the model runs on it before and after, in eval mode, and the
-             report has errors, times and memory; modules that are not faster on it are left alone. When it raises, so is the model
+             report has errors, times and memory; modules that are not faster on it are left alone, those in training mode when they are
+             faster neither forward nor with backward, or slower in one. When it raises, so is the model
     show     whether to print the report
     Returns  Report: replaced, kept (with reasons) and, with an example, per module and in all error_forward, error_backward,
-             time_before, time_after, memory_before, memory_after, and share_dense
+             time_before, time_after, memory_before, memory_after, step_before, step_after (in training mode), and share_dense
     Raises   TypeError when model is not a torch.nn.Module or example is of another kind
     """
     if not isinstance(model, torch.nn.Module):

@@ -2,6 +2,7 @@
 
 import io
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -10,7 +11,7 @@ from fastdiff.accelerate import measure
 from fastdiff.accelerate.measure import difference
 from fastdiff.accelerate.rules import Replaced, traced
 
-NOT_FASTER = measure.not_faster
+NOT_WORTH = measure.not_worth
 
 
 def test_figures(rin, capsys, monkeypatch):
@@ -25,6 +26,7 @@ def test_figures(rin, capsys, monkeypatch):
     for row in (report, *report.replaced):
         assert 0 <= row.error_forward < 1e-4 and 0 <= row.error_backward < 1e-4
         assert 0 < row.time_before and 0 < row.time_after and 0 < row.memory_before and 0 < row.memory_after
+        assert row.time_before < row.step_before and row.time_after < row.step_after
     assert sum(row.time_before for row in report.replaced) < 2 * report.time_before
     out = capsys.readouterr().out
     assert "the whole model" in out and "left alone" in out
@@ -84,7 +86,7 @@ def test_difference():
 
 def test_not_faster_is_left_alone(monkeypatch, capsys):
     """Each by its own times: the one is kept as it was, the other replaced."""
-    monkeypatch.setattr(measure, "not_faster", NOT_FASTER)
+    monkeypatch.setattr(measure, "not_worth", NOT_WORTH)
     op = traced.group_norm_modulate
     slow = lambda x, *a, **o: ([op(x, *a, **o) for _ in range(30 * (x.shape[1] == 8))], op(x, *a, **o))[1]
     monkeypatch.setattr(traced, "group_norm_modulate", slow)
@@ -99,7 +101,7 @@ def test_not_faster_is_left_alone(monkeypatch, capsys):
 
 
 def test_nothing_faster_leaves_the_model_untouched(rin, monkeypatch):
-    monkeypatch.setattr(measure, "not_faster", lambda before, after: True)
+    monkeypatch.setattr(measure, "not_worth", lambda forward, step: True)
     model, inputs = rin
     classes, plain = [type(m) for m in model.modules()], model(*inputs)
     report = fastdiff.accelerate(model, inputs, show=False)
@@ -108,8 +110,40 @@ def test_nothing_faster_leaves_the_model_untouched(rin, monkeypatch):
 
 
 def test_not_faster():
-    assert NOT_FASTER([1.0, 2.0, 3.0], [1.0, 2.0, 9.0]) and NOT_FASTER([1.0, 2.0], [0.99, 1.99])
-    assert not NOT_FASTER([1.0, 2.0, 3.0], [0.9, 2.5, 3.0]) and not NOT_FASTER([1.0, 2.0, 3.0], [1.1, 1.9, 3.0])
+    not_faster = measure.not_faster
+    assert not_faster([1.0, 2.0, 3.0], [1.0, 2.0, 9.0]) and not_faster([1.0, 2.0], [0.99, 1.99])
+    assert not not_faster([1.0, 2.0, 3.0], [0.9, 2.5, 3.0]) and not not_faster([1.0, 2.0, 3.0], [1.1, 1.9, 3.0])
+
+
+def test_not_worth():
+    same, faster, slower = ([1.0, 1.0], [1.0, 1.0]), ([1.0, 1.0], [0.9, 0.9]), ([1.0, 1.0], [1.1, 1.1])
+    assert not NOT_WORTH(faster, None) and NOT_WORTH(same, None)
+    assert not NOT_WORTH(faster, same) and not NOT_WORTH(same, faster)
+    assert NOT_WORTH(same, same) and NOT_WORTH(faster, slower) and NOT_WORTH(slower, faster)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_slower_backward_counts_in_training(monkeypatch, training):
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            for _ in range(50):
+                dx.exp()
+            return dx
+
+    op = traced.group_norm_modulate
+    monkeypatch.setattr(traced, "group_norm_modulate", lambda *a, **o: Slow.apply(op(*a, **o)))
+    model, x = torch.nn.Sequential(torch.nn.GroupNorm(2, 8), torch.nn.SiLU()).train(training), torch.randn(8, 8, 2048)
+    monkeypatch.setattr(measure, "not_worth", lambda forward, step: NOT_WORTH(([1.0], [0.9]), step))
+    report = fastdiff.accelerate(model, x, show=False)
+    assert bool(report.replaced) != training and (report.step_before is not None) == training
+    assert not training or "with backward" in report.kept[0].reason
+    model.requires_grad_(False)
+    assert fastdiff.accelerate(fastdiff.restore(model), x, show=False).replaced, "frozen: it has no training step"
 
 
 def test_wrong_gradients_are_seen(monkeypatch):
