@@ -8,6 +8,7 @@ python benchmarks/models.py [NAME ...] --threads 1,2 --pass forward,both --json 
 
 import argparse
 import copy
+import importlib
 import importlib.metadata
 import json
 import shlex
@@ -63,23 +64,41 @@ def _perceiver():
                      latent_heads=8, latent_dim_head=128), (torch.randn(1, 224, 224, 3),)
 
 
-def _perceiver_io():
+def _perceiver_io(size=224, latents=512, width=1024, layers=6):
     define_torchvision_operators()
     from transformers import PerceiverConfig, PerceiverForImageClassificationFourier
 
     # Without dropout: with it, training steps are the original's.
-    config = PerceiverConfig(num_latents=512, d_latents=1024, num_blocks=2, num_self_attends_per_block=6, num_self_attention_heads=8,
-                             num_cross_attention_heads=1, attention_probs_dropout_prob=0.0, num_labels=1000)
-    return PerceiverForImageClassificationFourier(config), (torch.randn(1, 3, 224, 224),)
+    config = PerceiverConfig(num_latents=latents, d_latents=width, num_blocks=2, num_self_attends_per_block=layers,
+                             num_self_attention_heads=8, num_cross_attention_heads=1, attention_probs_dropout_prob=0.0, num_labels=1000)
+    return PerceiverForImageClassificationFourier(config), (torch.randn(1, 3, size, size),)
 
 
-def _rin():
-    define_torchvision_operators()
-    from rin_pytorch import RIN
+def _of(package, kind, inputs, **options):
+    """The row of another package's class, "module.Class", built with these options; inputs() -> what it is called with."""
 
-    model = RIN(dim=512, image_size=1024, patch_size=8, depth=1, latent_self_attn_depth=2, dim_latent=768, num_latents=256, heads=16,
-                dim_head=32)
-    return model, (torch.randn(1, 3, 1024, 1024), torch.rand(1))
+    def build():
+        define_torchvision_operators()
+        module, _, name = kind.rpartition(".")
+        return getattr(importlib.import_module(module), name)(**options), inputs()
+
+    return Model(package, build, options)
+
+
+def _given(shape, *others):
+    """Inputs: normal numbers of this shape and what follows them, of other shapes or one number per sample."""
+    return lambda: (torch.randn(shape), *(torch.randn(x) if isinstance(x, tuple) else torch.full(shape[:1], x) for x in others))
+
+
+def _tokens(number):
+    return lambda: (torch.randint(256, (1, number)),)
+
+
+def _levels(kinds, channels, **options):
+    """Options of a diffusers U-Net: of each level, whether its blocks are "", "Attn", "CrossAttn" or "Resnet" ones, and its channels."""
+    kinds = [k + ("{}sampleBlock2D" if k == "Resnet" else "{}Block2D") for k in kinds]
+    return dict(down_block_types=tuple(k.format("Down") for k in kinds), up_block_types=tuple(k.format("Up") for k in reversed(kinds)),
+                block_out_channels=channels, **options)
 
 
 class _Image(torch.nn.Module):
@@ -114,10 +133,9 @@ def _patched_unet(patch, image=64):
         define_torchvision_operators()
         from diffusers import UNet2DModel
 
-        channels, blocks = 3 * patch ** 2, ("DownBlock2D",) * 3 + ("AttnDownBlock2D",)
-        unet = UNet2DModel(sample_size=image // patch, in_channels=channels, out_channels=channels, block_out_channels=(64, 64, 128, 128),
-                           layers_per_block=2, attention_head_dim=64, down_block_types=blocks,
-                           up_block_types=tuple(name.replace("Down", "Up") for name in reversed(blocks)))
+        channels = 3 * patch ** 2
+        unet = UNet2DModel(**_levels(("", "", "", "Attn"), (64, 64, 128, 128), sample_size=image // patch, in_channels=channels,
+                                     out_channels=channels, layers_per_block=2, attention_head_dim=64))
         return _Patched(_Image(unet), patch), (torch.randn(4, 3, image, image), torch.tensor([10, 300, 600, 990]))
 
     return Model("diffusers", build, dict(batch=4, image=image, patch=patch, width=64, multipliers=[1, 1, 2, 2], blocks=2),
@@ -234,8 +252,36 @@ def _patch_diffusion(patch):
 
 MODELS = {
     "perceiver": Model("perceiver-pytorch", _perceiver, dict(pixels=224 * 224, bands=64, latents=512, width=1024, layers=2)),
+    "perceiver-64": _of("perceiver-pytorch", "perceiver_pytorch.Perceiver", _given((2, 64, 64, 3)), num_freq_bands=32, depth=2, max_freq=64,
+                        num_latents=128, latent_dim=256, cross_dim_head=64, latent_heads=8, latent_dim_head=32),
     "perceiver-io": Model("transformers", _perceiver_io, dict(pixels=224 * 224, bands=64, latents=512, width=1024, blocks=2)),
-    "rin-1024": Model("rin-pytorch", _rin, dict(image=1024, patch=8, dim=512, latents=256, width=768, heads=16, blocks=1)),
+    "perceiver-io-64": Model("transformers", lambda: _perceiver_io(64, 128, 256, 2),
+                             dict(pixels=64 * 64, bands=64, latents=128, width=256, blocks=2)),
+    **{f"rin-{size}": _of("rin-pytorch", "rin_pytorch.RIN", _given((1, 3, size, size), 0.5), dim=dim, image_size=size, patch_size=8,
+                          depth=depth, latent_self_attn_depth=2, dim_latent=width, num_latents=latents, heads=heads, dim_head=32)
+       for size, dim, depth, width, latents, heads in ((1024, 512, 1, 768, 256, 16), (256, 256, 2, 512, 128, 8))},
+    **{f"perceiver-ar-{n}": _of("perceiver-ar-pytorch", "perceiver_ar_pytorch.PerceiverAR", _tokens(n), num_tokens=256, dim=dim,
+                                depth=depth, max_seq_len=n, cross_attn_seq_len=3 * n // 4, dim_head=64, heads=dim // 64)
+       for n, dim, depth in ((1024, 512, 4), (4096, 256, 2))},
+    **{f"hourglass-{n}": _of("hourglass-transformer-pytorch", "hourglass_transformer_pytorch.HourglassTransformerLM", _tokens(n),
+                             num_tokens=256, dim=dim, max_seq_len=n, depth=depth, shorten_factor=2, heads=dim // 64)
+       for n, dim, depth in ((512, 512, (2, 4, 2)), (2048, 256, (1, (1, 2, 1), 1)))},
+    **{f"denoising-diffusion-{n}": _of("denoising-diffusion-pytorch", "denoising_diffusion_pytorch.Unet", _given((batch, 3, n, n), 500),
+                                       dim=64, dim_mults=(1, 2, 4)) for n, batch in ((32, 4), (64, 2))},
+    "unet-32": _of("diffusers", "diffusers.UNet2DModel", _given((2, 3, 32, 32), 500),
+                   **_levels(("", "Attn", "", ""), (128, 256, 256, 256))),
+    "unet-64": _of("diffusers", "diffusers.UNet2DModel", _given((1, 3, 64, 64), 500),
+                   **_levels(("Resnet", "Resnet", "Attn"), (64, 128, 192), resnet_time_scale_shift="scale_shift")),
+    **{f"conditional-unet-{n}": _of("diffusers", "diffusers.UNet2DConditionModel", _given((1, 4, n, n), 500, (1, 77, 384)), **_levels(
+        ("CrossAttn", "CrossAttn", ""), channels, cross_attention_dim=384, attention_head_dim=heads))
+       for n, channels, heads in ((32, (160, 320, 320), 5), (64, (64, 128, 256), 8))},
+    **{f"dit-{n * n // 4}": _of("diffusers", "diffusers.DiTTransformer2DModel", _given((1, 4, n, n), 500, 1), num_attention_heads=6,
+                                attention_head_dim=64, num_layers=layers, sample_size=n) for n, layers in ((32, 6), (64, 4))},
+    **{f"transformer-2d-{n}": _of("diffusers", "diffusers.Transformer2DModel", _given((1, 40 * heads, n, n), (1, 77, 768)),
+                                  num_attention_heads=heads, attention_head_dim=40, in_channels=40 * heads, cross_attention_dim=768)
+       for n, heads in ((16, 16), (32, 8))},
+    **{f"vit-{n}": _of("timm", "timm.models.vision_transformer.VisionTransformer", _given((2, 3, n, n)), img_size=n, patch_size=16,
+                       embed_dim=width, depth=4, num_heads=width // 64) for n, width in ((224, 384), (384, 768))},
     **{f"patched-unet-{patch}": _patched_unet(patch) for patch in (1, 2, 4)},
     "perceiver, ours": Model("perceiver-pytorch", _channels_first, dict(pixels=224 * 224, bands=64, latents=512, width=1024, layers=2),
                              lambda module: (Perceiver.from_perceiver_pytorch(module.model), None), "models"),
