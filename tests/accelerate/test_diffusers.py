@@ -22,7 +22,7 @@ def part(diffusers_embeddings):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The names of the ops that the rules call, in order; small tensors are worth an op here."""
+    """The names of the ops that the rules call, in order; few scores are worth one here."""
     made = []
 
     def recorded(name, op):
@@ -30,7 +30,6 @@ def calls(monkeypatch):
 
     for name in OPS:
         monkeypatch.setattr(rules, name, recorded(name, getattr(rules, name)))
-    monkeypatch.setattr(rules, "_FROM", dict.fromkeys((False, True), (0, 0)))
     monkeypatch.setattr(rule, "SCORES", dict.fromkeys((False, True), 0))
     return made
 
@@ -60,7 +59,7 @@ def test_resnet_without_a_condition(part, calls):
 
 
 def test_small_images_and_watched_norms_keep_the_modules(part, calls, monkeypatch):
-    monkeypatch.setattr(rules, "_FROM", {False: (1, 1), True: (1 << 20, 1 << 20)})
+    monkeypatch.setattr(rule, "FROM", dict.fromkeys(rule.FROM, (1, 1 << 20)))
     block, x, t = part("resnet").ResnetBlock2D(in_channels=8, temb_channels=6, groups=4), torch.randn(2, 8, 4, 4), torch.randn(2, 6)
     fastdiff.accelerate(block, show=False)
     block(x, t)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastdiff
-from fastdiff.accelerate.rules import traced
+from fastdiff.accelerate.rules import rule, traced
 
 
 class Residual(nn.Module):
@@ -238,3 +238,33 @@ def test_multihead_attention_that_stays_with_the_original(monkeypatch):
     torch.testing.assert_close(layer(x), plain)
     report = fastdiff.accelerate(nn.MultiheadAttention(12, 3, add_bias_kv=True), show=False)
     assert not report.replaced and "keys of its own" in report.kept[0].reason
+
+
+@pytest.mark.parametrize(("name", "kind"), [("residual with emb", "group norm"), ("block", "layer norm")])
+def test_small_tensors_and_gradients_are_left_to_pytorch(fused, monkeypatch, name, kind):
+    """Each op from its own size on, and from a larger one where gradients are wanted; channels last from another."""
+    names = [n for n in rule.FROM if n.startswith(kind)]
+    make, shapes, expected = CASES[name]
+    module, inputs = make(), [torch.randn(s) for s in shapes]
+    fastdiff.accelerate(module, show=False)
+    size = inputs[0].numel()
+    for limits, calls in (((0, size + 1), 0), ((0, size), len(expected))):
+        monkeypatch.setattr(rule, "FROM", dict.fromkeys(names, limits))
+        fused.clear()
+        module(inputs[0].requires_grad_(), *inputs[1:])
+        assert len(fused) == calls
+        with torch.no_grad():
+            module(*inputs)
+        assert len(fused) == calls + len(expected)
+    if kind == "group norm":
+        monkeypatch.setattr(rule, "FROM", dict.fromkeys(names, (1 << 20, 1 << 20)) | {"group norm, channels last": (0, 0)})
+        fused.clear()
+        module.norm1.register_forward_hook(lambda m, inputs, out: None)  # the first is watched, the second modulated
+        assert torch.equal(module(inputs[0], *inputs[1:]), module(inputs[0], *inputs[1:])) and not fused
+        with torch.no_grad():
+            last = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU())
+            plain = last(inputs[0])
+            fastdiff.accelerate(last, show=False)
+            for x, n in ((inputs[0], 0), (inputs[0].contiguous(memory_format=torch.channels_last), 1)):
+                torch.testing.assert_close(last(x), plain)
+                assert len(fused) == n

@@ -1,17 +1,15 @@
 """diffusers: patch embeddings, residual blocks of U-Nets, attention, norms and feed-forward layers of transformers."""
 
 import torch
+import torch.nn.functional as F
 
 from ...ops import attention, gate_residual, gate_residual_norm_modulate, geglu, group_norm_modulate, layer_norm_modulate
 from .patches import embeddable, embedded, flat
-from .rule import Rule, added, many_scores, watched
+from .rule import Rule, added, group_norm_pays, many_scores, pays, watched
 
 _NORMALIZATION = "diffusers.models.normalization"
 _PROCESSORS = "diffusers.models.attention_processor"
 _KNOWN = ("AttnProcessor2_0", "AttnProcessor")
-# Elements of a CPU tensor from which one pass for GroupNorm and SiLU is faster than torch's two: (with scale and shift, without), and
-# where gradients are wanted. Measured on one thread of an AVX-512 machine at (1 to 4, 128 to 512, 8 x 8 to 64 x 64).
-_FROM = {False: (1 << 16, 1 << 17), True: (1 << 17, 1 << 19)}
 
 
 def _patch_embed(plain):
@@ -42,20 +40,15 @@ def _modulated(norm, x, shift, scale):
     """norm(x) (1 + scale) + shift, x (B, N, D), shift and scale (B, D): by the op where it takes them and gives the same dtype."""
     # Under autocast torch's norm gives float32 of any x.
     same = x.dtype == torch.float32 or (shift.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type))
-    if not same or not _here(x) or x.dim() != 3 or shift.shape != (x.shape[0], x.shape[2]) or shift.dtype == torch.float64 or watched(norm):
+    fits = x.dim() == 3 and shift.shape == (x.shape[0], x.shape[2]) and shift.dtype != torch.float64
+    if not same or not fits or not _here(x) or not pays("layer norm", x) or watched(norm):
         return norm(x) * (1 + scale[:, None]) + shift[:, None]
     return layer_norm_modulate(x, shift.to(x.dtype), scale.to(x.dtype), norm.weight, norm.bias, eps=norm.eps)
 
 
-def _pays(x, modulated):
-    if x.device.type != "cpu":
-        return True
-    return x.numel() >= _FROM[torch.is_grad_enabled() and x.requires_grad][not modulated]
-
-
 def _norm_silu(norm, act, x, scale=None, shift=None):
     """silu(norm(x) (1 + scale) + shift), x (B, C, h, w), scale and shift (B, C) or None."""
-    if not _here(x) or not _pays(x, scale is not None) or watched(norm, act):
+    if not _here(x) or not group_norm_pays(x, scale is not None) or watched(norm, act):
         y = norm(x)
         return act(y if scale is None else y * (1 + scale[..., None, None]) + shift[..., None, None])
     if scale is not None:
@@ -149,7 +142,11 @@ def _geglu(plain):
     def forward(self, hidden_states, *args, **kwargs):
         if args or kwargs or not _here(hidden_states):
             return plain(self, hidden_states, *args, **kwargs)
-        return geglu(self.proj(hidden_states))
+        x = self.proj(hidden_states)
+        if pays("geglu", x):
+            return geglu(x)
+        x, gate = x.chunk(2, -1)
+        return x * F.gelu(gate)
 
     return forward
 
@@ -201,13 +198,17 @@ def _no_attention(m):
     return None
 
 
+def _gated(x, y, gate):
+    return gate_residual(x, y.to(x.dtype), gate) if pays("gate", x) else x + gate[:, None] * y
+
+
 def _block(plain):
     def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, timestep=None,
                 cross_attention_kwargs=None, class_labels=None, added_cond_kwargs=None):
         x, options = hidden_states, cross_attention_kwargs or {}
         single = self.norm_type == "ada_norm_single"
         norm = self.norm2 if single else self.norm3
-        if x.dim() != 3 or not _here(x) or self._chunk_size is not None or options or watched(norm):
+        if x.dim() != 3 or not _here(x) or not pays("gate and norm", x) or self._chunk_size is not None or options or watched(norm):
             return plain(self, x, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, cross_attention_kwargs,
                          class_labels, added_cond_kwargs)
         if single:
@@ -222,10 +223,10 @@ def _block(plain):
         if self.attn2 is None:
             x, h = gate_residual_norm_modulate(x, y.to(x.dtype), gate, shift, scale, norm.weight, norm.bias, eps=norm.eps)
         else:
-            x = gate_residual(x, y.to(x.dtype), gate)
+            x = _gated(x, y, gate)
             x = self.attn2(x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask) + x
             h = _modulated(norm, x, shift, scale)
-        return gate_residual(x, self.ff(h).to(x.dtype), last)
+        return _gated(x, self.ff(h), last)
 
     return forward
 
