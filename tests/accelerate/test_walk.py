@@ -168,6 +168,22 @@ def test_compiled_before():
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("any_case", ["perceiver", "unseen"], indirect=True)
+def test_no_graph_break_is_added(any_case):
+    """In training; other tests compile whole models of each package in eval mode."""
+    model, inputs = any_case
+    model.train()
+
+    def breaks():
+        torch.compiler.reset()
+        return torch._dynamo.explain(model)(*inputs).graph_break_count
+
+    plain = breaks()
+    assert fastdiff.accelerate(model, show=False).replaced
+    assert breaks() <= plain
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_training_with_checkpoints(any_case, reentrant):
     model, inputs = any_case

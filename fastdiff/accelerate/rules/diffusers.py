@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from ...ops import attention, gate_residual, gate_residual_norm_modulate, geglu, group_norm_modulate, layer_norm_modulate
 from .patches import embeddable, embedded, flat
-from .rule import Rule, added, group_norm_pays, many_scores, pays, watched
+from .rule import Rule, added, many_scores, pays, watched
 
 _NORMALIZATION = "diffusers.models.normalization"
 _PROCESSORS = "diffusers.models.attention_processor"
@@ -48,7 +48,7 @@ def _modulated(norm, x, shift, scale):
 
 def _norm_silu(norm, act, x, scale=None, shift=None):
     """silu(norm(x) (1 + scale) + shift), x (B, C, h, w), scale and shift (B, C) or None."""
-    if not _here(x) or not group_norm_pays(x, scale is not None) or watched(norm, act):
+    if not _here(x) or not pays("group norm" if scale is None else "modulated group norm", x) or watched(norm, act):
         y = norm(x)
         return act(y if scale is None else y * (1 + scale[..., None, None]) + shift[..., None, None])
     if scale is not None:

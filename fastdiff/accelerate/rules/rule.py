@@ -81,19 +81,14 @@ def many_scores(x, heads, N):
 
 
 # Elements of a CPU tensor from which an op is faster than the calls of PyTorch it stands for: without gradients, with them, where the way
-# through autograd takes 0.1 ms. Measured on one thread of an AVX-512 machine at 2 ** 12 to 2 ** 21 elements, images of 4 to 64 pixels.
-FROM = {"group norm": (1 << 14, 1 << 19), "group norm, channels last": (1 << 14, 1 << 17), "group norm, modulated": (0, 1 << 17),
-        "layer norm": (0, 1 << 17), "gate": (0, 1 << 18), "gate and norm": (0, 1 << 16), "geglu": (0, 1 << 17)}
+# through autograd takes 0.1 ms. Measured on one thread of an AVX-512 machine at 2 ** 12 to 2 ** 20 elements, images of 4 to 64 pixels.
+FROM = {"group norm": (1 << 14, 1 << 18), "modulated group norm": (0, 1 << 17), "layer norm": (0, 1 << 17), "gate": (0, 1 << 19),
+        "gate and norm": (0, 1 << 17), "geglu": (0, 1 << 16)}
 
 
 def pays(op, x):
     """Whether an op of FROM gains at x."""
     return x.device.type != "cpu" or x.numel() >= FROM[op][torch.is_grad_enabled() and x.requires_grad]
-
-
-def group_norm_pays(x, modulated):
-    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return pays("group norm, modulated" if modulated else "group norm, channels last" if last else "group norm", x)
 
 
 def watched(*modules):

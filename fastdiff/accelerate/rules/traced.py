@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ...ops import group_norm_modulate, layer_norm_modulate
-from .rule import Replaced, group_norm_pays, pays, watched
+from .rule import Replaced, pays, watched
 
 _NORMS = (nn.GroupNorm, nn.LayerNorm)
 _ADD, _MUL = ({getattr(operator, name), getattr(torch, name), name} for name in ("add", "mul"))
@@ -40,8 +40,8 @@ def _per_sample(t, x, channel):
 def norm_modulate(norm, x, scale=None, shift=None, silu=False, act=None):
     """act(norm(x) (1 + scale) + shift) by one op where it takes them, else as written; act: the SiLU module, or silu for the function."""
     group = type(norm) is nn.GroupNorm
-    taken = type(norm) in _NORMS and (3 <= x.dim() <= 5 and group_norm_pays(x, scale is not None) if group
-                                      else x.dim() == 3 and pays("layer norm", x))
+    op = "layer norm" if not group else "group norm" if scale is None else "modulated group norm"
+    taken = type(norm) in _NORMS and (3 <= x.dim() <= 5 if group else x.dim() == 3) and pays(op, x)
     if taken and not watched(norm, *([act] if act is not None else [])):
         parts = [None if t is None else t if not group and t.shape == x.shape else _per_sample(t, x, 1 if group else -1)
                  for t in (scale, shift)]
