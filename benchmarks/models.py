@@ -74,13 +74,20 @@ def _perceiver_io(size=224, latents=512, width=1024, layers=6):
     return PerceiverForImageClassificationFourier(config), (torch.randn(1, 3, size, size),)
 
 
-def _of(package, kind, inputs, **options):
+def _labels_kept(model):
+    """Without diffusers' dropout of labels in training, of which no option speaks: runs would differ by chance."""
+    for block in model.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.0
+    return model
+
+
+def _of(package, kind, inputs, change=lambda model: model, **options):
     """The row of another package's class, "module.Class", built with these options; inputs() -> what it is called with."""
 
     def build():
         define_torchvision_operators()
         module, _, name = kind.rpartition(".")
-        return getattr(importlib.import_module(module), name)(**options), inputs()
+        return change(getattr(importlib.import_module(module), name)(**options)), inputs()
 
     return Model(package, build, options)
 
@@ -275,8 +282,9 @@ MODELS = {
     **{f"conditional-unet-{n}": _of("diffusers", "diffusers.UNet2DConditionModel", _given((1, 4, n, n), 500, (1, 77, 384)), **_levels(
         ("CrossAttn", "CrossAttn", ""), channels, cross_attention_dim=384, attention_head_dim=heads))
        for n, channels, heads in ((32, (160, 320, 320), 5), (64, (64, 128, 256), 8))},
-    **{f"dit-{n * n // 4}": _of("diffusers", "diffusers.DiTTransformer2DModel", _given((1, 4, n, n), 500, 1), num_attention_heads=6,
-                                attention_head_dim=64, num_layers=layers, sample_size=n) for n, layers in ((32, 6), (64, 4))},
+    **{f"dit-{n * n // 4}": _of("diffusers", "diffusers.DiTTransformer2DModel", _given((1, 4, n, n), 500, 1), _labels_kept,
+                                num_attention_heads=6, attention_head_dim=64, num_layers=layers, sample_size=n)
+       for n, layers in ((32, 6), (64, 4))},
     **{f"transformer-2d-{n}": _of("diffusers", "diffusers.Transformer2DModel", _given((1, 40 * heads, n, n), (1, 77, 768)),
                                   num_attention_heads=heads, attention_head_dim=40, in_channels=40 * heads, cross_attention_dim=768)
        for n, heads in ((16, 16), (32, 8))},
