@@ -34,9 +34,9 @@ COMPILE = dict(dynamic=False)  # options of torch.compile
 OURS = {"accelerated": "{}", "accelerated, compiled": "{} + compile"}  # run -> op of its record
 
 
-def _accelerated(model):
+def _accelerated(model, inputs):
     fast = copy.deepcopy(model)
-    return fast, accelerate(fast, show=False)
+    return fast, accelerate(fast, inputs, show=False)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Model:
     """package: the distribution it comes from; None: ours, beside no other's. build() -> (module, its positional inputs). shape: its sizes,
     for the record.
 
-    fast(module) -> (a faster one with weights of its own, the report of accelerate or None), by what op names: "models", one of
+    fast(module, inputs) -> (a faster one with weights of its own, the report of accelerate or None), by what op names: "models", one of
     fastdiff.models, whose parameters are others. alike: it computes the same; otherwise it has the same sizes, and is held to its own
     reference.
     """
@@ -146,7 +146,7 @@ def _patched_unet(patch, image=64):
         return _Patched(_Image(unet), patch), (torch.randn(4, 3, image, image), torch.tensor([10, 300, 600, 990]))
 
     return Model("diffusers", build, dict(batch=4, image=image, patch=patch, width=64, multipliers=[1, 1, 2, 2], blocks=2),
-                 fast=lambda model: (PatchedUNet(copy.deepcopy(model.unet), model.patch), None), op="PatchedUNet")
+                 fast=lambda model, _: (PatchedUNet(copy.deepcopy(model.unet), model.patch), None), op="PatchedUNet")
 
 
 class _ChannelsFirst(torch.nn.Module):
@@ -165,7 +165,7 @@ def _channels_first():
     return _ChannelsFirst(model), (image.movedim(-1, 1).contiguous(),)
 
 
-def _our_perceiver_io(module):
+def _our_perceiver_io(module, _):
     """Of its one query, as the other's."""
     return torch.nn.Sequential(PerceiverIO.from_transformers(module), torch.nn.Flatten(0, 1)).train(module.training), None
 
@@ -203,7 +203,7 @@ def _dit():
     return model, (torch.randn(1, 4, 32, 32), torch.tensor([500]), torch.tensor([1]))
 
 
-def _our_dit(module):
+def _our_dit(module, _):
     model = DiT.from_config("DiT-S/2")
     model.load_diffusers(module.state_dict())
     model.y_embedder.dropout = 0.0
@@ -233,7 +233,7 @@ def _adm(size):
     return _Labelled(model), (torch.randn(1, 3, size, size), torch.tensor([500]), torch.tensor([1]))
 
 
-def _our_adm(module):
+def _our_adm(module, _):
     model = ADM.from_config("imagenet-64", dropout=0.0)
     model.load_guided_diffusion(module.model.state_dict(), heads_first=False)
     return model, None
@@ -292,24 +292,24 @@ MODELS = {
                        embed_dim=width, depth=4, num_heads=width // 64) for n, width in ((224, 384), (384, 768))},
     **{f"patched-unet-{patch}": _patched_unet(patch) for patch in (1, 2, 4)},
     "perceiver, ours": Model("perceiver-pytorch", _channels_first, dict(pixels=224 * 224, bands=64, latents=512, width=1024, layers=2),
-                             lambda module: (Perceiver.from_perceiver_pytorch(module.model), None), "models"),
+                             lambda module, _: (Perceiver.from_perceiver_pytorch(module.model), None), "models"),
     "perceiver-io, ours": Model("transformers", _perceiver_io, dict(pixels=224 * 224, bands=64, latents=512, width=1024, blocks=2),
                                 _our_perceiver_io, "models"),
     **{f"rin-{size}, ours": Model("rin-pytorch", lambda args=(size, latents, layers): _plain_rin(*args),
                                   dict(image=size, patch=8, dim=512, latents=latents, width=768, heads=16, blocks=1, layers=layers),
-                                  lambda _, args=(size, latents, layers): _our_rin(*args), "models", alike=False)
+                                  lambda *_, args=(size, latents, layers): _our_rin(*args), "models", alike=False)
        for size, latents, layers in ((64, 128, 4), (128, 128, 4), (256, 256, 4), (1024, 256, 2))},
     "dit-s/2, ours": Model("diffusers", _dit, dict(tokens=256, dim=384, heads=6, blocks=12), _our_dit, "models"),
     "adm-64, ours": Model("guided-diffusion-sdk", lambda: _adm(64), dict(image=64, width=192, blocks=3), _our_adm, "models"),
     # A sampling step of RIN beside one of ADM without a classifier. gflop: 2 per multiply-add; the published one is of the paper's sizes.
     **{f"rin-{size}, beside adm": Model("guided-diffusion-sdk", lambda size=size: _adm(size),
                                         dict(image=size, gflop=ours, adm_gflop=theirs, published_rin_gflop=published),
-                                        lambda _, name=name: (_Timed(RIN.from_config(name)), None), "models", alike=False)
+                                        lambda *_, name=name: (_Timed(RIN.from_config(name)), None), "models", alike=False)
        for size, name, ours, theirs, published in ((64, "imagenet-64", 39, 219, 106), (128, "noise-schedule-128", 88, 614, 194),
                                                    (256, "noise-schedule-256", 205, 2240, 334))},
     # published_gmac: of the sheet's width, 256; their ratios are those of the work here.
     **{f"patch-diffusion-{p}, ours": Model(None, lambda p=p: _patch_diffusion(p), dict(image=256, patch=p, width=64, published_gmac=gmac),
-                                           lambda model: (model, None), "models", alike=False)
+                                           lambda model, _: (model, None), "models", alike=False)
        for p, gmac in ((1, 859), (2, 224), (4, 65.8))},
 }
 
@@ -346,7 +346,7 @@ def measure(name, pass_, threads, budget, notes):
     case = MODELS[name]
     model, inputs = case.build()
     _random(model).train(pass_ == "both")
-    fast, swapped = case.fast(model)
+    fast, swapped = case.fast(model, inputs)
     checked = None
     if case.op == "models":
         checked = 2  # the output and the first input's gradient

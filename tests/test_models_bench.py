@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastdiff
+from fastdiff.accelerate import measure
 
 RECORD = {"op", "case", "dtype", "pass", "device", "threads", "backend", "shape", "ours_ms", "peers_ms", "best_peer", "ratio", "ratio_low",
           "ratio_high", "floor_ms", "of_floor", "peak_bytes", "peer_peak_bytes", "error", "error_limit"}
@@ -30,6 +31,7 @@ def models(monkeypatch, perceiver_pytorch):
     module.REAL = module.MODELS
     monkeypatch.setattr(module, "MODELS", {"tiny": module.Model("perceiver-pytorch", build, dict(pixels=90))})
     monkeypatch.setattr(module, "COMPILE", dict(backend="aot_eager"))
+    monkeypatch.setattr(measure, "not_worth", lambda forward, step: False)
     yield module
     torch.compiler.reset()
 
@@ -57,8 +59,8 @@ def _dit():
 def test_records_of_our_models(models, monkeypatch):
     """One with a peer of the same weights, and one alone."""
     monkeypatch.setattr(models, "MODELS", {
-        "ours": models.Model("torch", _dit, {}, lambda module: (copy.deepcopy(module), None), "models"),
-        "alone": models.Model(None, _dit, {}, lambda module: (module, None), "models", alike=False)})
+        "ours": models.Model("torch", _dit, {}, lambda module, _: (copy.deepcopy(module), None), "models"),
+        "alone": models.Model(None, _dit, {}, lambda module, _: (module, None), "models", alike=False)})
     document, notes = models.run(["ours", "alone"], threads=[1], passes=["both"], quick=True, command="")
     assert not notes and "failures" not in document
     assert [(r["case"], r["op"]) for r in document["records"]] == [
@@ -70,7 +72,7 @@ def test_records_of_our_models(models, monkeypatch):
 
 
 def test_a_wrong_model_of_ours_is_no_record(models, monkeypatch):
-    def spoiled(module):
+    def spoiled(module, _):
         made = copy.deepcopy(module)
         with torch.no_grad():
             made.blocks[0].mlp.fc2.bias.add_(1.0)
@@ -82,7 +84,7 @@ def test_a_wrong_model_of_ours_is_no_record(models, monkeypatch):
 
 
 def test_a_wrong_result_is_no_record(models, monkeypatch, tmp_path, capsys):
-    def spoil(model, show):
+    def spoil(model, example, show):
         with torch.no_grad():
             model.to_logits[-1].bias.add_(0.1)
         return None  # the report is not read before the result is refused
@@ -98,7 +100,7 @@ def test_a_wrong_result_is_no_record(models, monkeypatch, tmp_path, capsys):
 def test_a_wrong_gradient_is_no_record(models, monkeypatch):
     """The output is right and one gradient is not."""
 
-    def spoil(model, show):
+    def spoil(model, example, show):
         model.latents.register_hook(lambda grad: grad + 1.0)
 
     monkeypatch.setattr(models, "accelerate", spoil)
@@ -152,9 +154,10 @@ def test_a_patched_unet(models):
     """The two sides are one function of the same weights, and differ in nothing but who moves the patches."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     model = models.REAL["patched-unet-4"]
-    plain, (x, t) = model.build()
+    plain, inputs = model.build()
+    x, t = inputs
     models._random(plain)
-    fast, report = model.fast(plain)
+    fast, report = model.fast(plain, inputs)
     assert report is None and not {p.data_ptr() for p in fast.parameters()} & {p.data_ptr() for p in plain.parameters()}
     with torch.no_grad():
         out = plain(x[:1, :, :32, :32], t[:1])
@@ -169,7 +172,7 @@ def _rin(dim):
 
 def test_a_peer_of_the_same_sizes_alone(models, monkeypatch):
     """Ours is held to its own reference, whatever the other computes."""
-    row = models.Model("torch", lambda: _rin(16), {}, lambda _: (_rin(24)[0], None), "models", alike=False)
+    row = models.Model("torch", lambda: _rin(16), {}, lambda *_: (_rin(24)[0], None), "models", alike=False)
     monkeypatch.setattr(models, "MODELS", {"rin": row})
     document, notes = models.run(["rin"], threads=[1], passes=["both"], quick=True, command="")
     assert not notes and "failures" not in document
@@ -184,7 +187,7 @@ def test_a_peer_of_the_same_sizes_alone(models, monkeypatch):
 def test_our_models_have_the_sizes_of_the_others(models, rin_pytorch, transformers_perceiver, name):
     row = models.REAL[name]
     with torch.device("meta"):
-        theirs, _ = row.build()
-        mine, _ = row.fast(theirs)
+        theirs, inputs = row.build()
+        mine, _ = row.fast(theirs, inputs)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (mine, theirs)]
     assert sizes[0] == sizes[1] if row.alike else sizes[0] == pytest.approx(sizes[1], rel=0.3)
