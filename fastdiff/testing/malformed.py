@@ -115,7 +115,7 @@ def mutations(subject, example):
                 certain = bool(shared) and size == largest + 2
                 add(f"of shape {shape} instead of {tuple(x.shape)}", lambda x=x, shape=shape: _of_shape(x, shape), certain, shared)
         for text, make in {"with one more dimension": lambda x: x.unsqueeze(0), "without its first": lambda x: x.sum(0).to(x.dtype),
-                           "flat": lambda x: x.reshape(-1), "with its axes reversed": lambda x: x.permute(*reversed(range(x.dim()))),
+                           "flat": lambda x: x.reshape(-1), "with its axes reversed": lambda x: x.permute(tuple(reversed(range(x.dim())))),
                            "NaN": lambda x: torch.full_like(x, torch.nan) if x.is_floating_point() else x,
                            "a negative view": lambda x: torch._neg_view(x) if x.is_floating_point() else x,
                            "without storage": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype, device=x.device),

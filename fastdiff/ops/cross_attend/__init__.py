@@ -333,7 +333,10 @@ def _run_backward(args, outs, means=_CPU):
         if N:
             finish_source(slice(0, N), dk, dv, x)
     for name, grad in zip(_TENSORS[2:], outs[2:], strict=True):
-        grad.copy_(layer.grads.get(name, torch.zeros(())))
+        if name in layer.grads:
+            grad.copy_(layer.grads[name])
+        else:
+            grad.zero_()
 
 
 def _refuse(x, *_):
