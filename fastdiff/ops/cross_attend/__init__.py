@@ -32,7 +32,7 @@ def _check(op, args, key_lengths, heads, residual):
 
 def _own_linear(x, weight, bias, added, out):
     y = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    into("linear", (y.view(-1, y.shape[-1]),), x, weight, bias, added)
+    into("linear", (y.view(x.shape[0], weight.shape[0]),), x, weight, bias, added)
     return out if y is out else out.copy_(y)
 
 
