@@ -88,7 +88,7 @@ def test_launches(name, monkeypatch):
         size = lambda dim, ones=ones: max(dim.low, 1) if ones else rng.randint(max(dim.low, 1), dim.high)
         dims = {k: size(d) if isinstance(d, Dim) else rng.choice(d.values) for k, d in case.dims.items()}
         for contract, args in _calls(function, case, dims, dtype):
-            with Watch():
+            with Watch(), torch.no_grad():
                 outs = contract.outputs(*args)
                 choose(contract.name, contract.backends, args).run(args, outs if isinstance(outs, tuple) else (outs,))
     for job in launched.values():
