@@ -4,6 +4,7 @@ import concurrent.futures
 import importlib
 import multiprocessing
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 
 from fastdiff.core import device
 from fastdiff.core.backend import FLOATS
+from fastdiff.core.case import Dim
 from fastdiff.core.contract import REGISTRY, public
 from fastdiff.core.jit import INTERPRET, power_of_two
 from fastdiff.testing import Example, properties, subjects
@@ -322,6 +324,39 @@ def test_geglu(sizes, approximate):
     for dtype, layout in DRESSED:
         example = _example("geglu", dtype, layout, {"x": "one dominant"}, **dict(zip("BNF", sizes, strict=True)), approximate=approximate)
         properties.gradients(SUBJECTS["geglu"], example)
+
+
+def _apart(x, path):
+    """x, the rows of its last axis but one so far apart that only 64-bit offsets reach the last; what is not touched takes no memory."""
+    if x.dtype != torch.bfloat16 or x.dim() < 2 or x.shape[-2] < 3 or not x.numel():
+        return x
+    memory = torch.from_file(str(path), shared=True, size=2**31 + 2**24, dtype=x.dtype)
+    y = x.movedim(-2, 0).contiguous()
+    step = (2**31 // (x.shape[-2] - 1) + 16) // 16 * 16
+    return memory.as_strided(y.shape, (step, *y.stride()[1:])).copy_(y).movedim(0, -2)
+
+
+@interpreter
+@pytest.mark.parametrize("name", {subject.contracts: name for name, subject in SUBJECTS.items()}.values())
+def test_far(name, tmp_path):
+    """The same bits, forward and backward, from memory that 32-bit offsets do not reach."""
+    subject, case = SUBJECTS[name], public()[name][1]
+    rng = random.Random(name)
+    dims = {k: min(max(d.low, rng.randint(3, 20)), d.high) if isinstance(d, Dim) else d.values[0] for k, d in case.dims.items()}
+    given = _example(name, torch.bfloat16, "contiguous", **dims).arguments()
+    results = []
+    for place in (lambda x, i: x, lambda x, i: _apart(x, tmp_path / str(i))):
+        made = {k: place(x, i) if isinstance(x, torch.Tensor) else x for i, (k, x) in enumerate(given.items())}
+        wanted = [x.requires_grad_() for x in made.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        with subject.forced():
+            outs = subject.function(**made)
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            through = [y for y in outs if y.requires_grad]
+            douts = [place(y.detach().cos(), 15) for y in through[:1]]
+            grads = torch.autograd.grad(through[:1], wanted, douts, allow_unused=True) if through else ()
+        results.append([y for y in (*outs, *grads) if y is not None])
+    for near, distant in zip(*results, strict=True):
+        torch.testing.assert_close(distant, near, rtol=0, atol=0, equal_nan=True)
 
 
 # Compiled

@@ -112,10 +112,10 @@ def mutations(subject, example):
             shared = tuple({other for (other, _), dim in axes.items() if other != name and dim == axes.get((name, axis))})
             for size in (largest + 2, x.shape[axis] + 1, 1, 0):
                 shape = (*x.shape[:axis], size, *x.shape[axis + 1:])
-                certain = bool(shared) and size == largest + 2
+                certain = bool(shared) and size == largest + 2 and x.shape[axis] != 1  # the others' 1 may be broadcast
                 add(f"of shape {shape} instead of {tuple(x.shape)}", lambda x=x, shape=shape: _of_shape(x, shape), certain, shared)
         for text, make in {"with one more dimension": lambda x: x.unsqueeze(0), "without its first": lambda x: x.sum(0).to(x.dtype),
-                           "flat": lambda x: x.reshape(-1), "with its axes reversed": lambda x: x.permute(*reversed(range(x.dim()))),
+                           "flat": lambda x: x.reshape(-1), "with its axes reversed": lambda x: x.permute(tuple(reversed(range(x.dim())))),
                            "NaN": lambda x: torch.full_like(x, torch.nan) if x.is_floating_point() else x,
                            "a negative view": lambda x: torch._neg_view(x) if x.is_floating_point() else x,
                            "without storage": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype, device=x.device),

@@ -10,11 +10,11 @@ LAUNCH = dict(BLOCK=512, num_warps=4)  # not tuned on a GPU yet
 
 @jit
 def _place(size, BLOCK: tl.constexpr):
-    """(plane of integers, its elements that this program takes, their mask)."""
+    """(plane of integers, its elements that this program takes, their mask, the size in int64)."""
     pid = tl.program_id(0).to(tl.int64)
     pieces = tl.cdiv(size, BLOCK)
     o_x = pid % pieces * BLOCK + tl.arange(0, BLOCK)
-    return pid // pieces, o_x, o_x < size
+    return pid // pieces, o_x, o_x < size, tl.cast(size, tl.int64)
 
 
 @jit
@@ -26,7 +26,7 @@ def _to_bits(x_ptr, y_ptr, scale, C, size, x_strides, BITS: tl.constexpr, MSB: t
     math    none
     needs   nothing
     """
-    plane, o_x, m_x = _place(size, BLOCK)
+    plane, o_x, m_x, size = _place(size, BLOCK)
     x = tl.load(x_ptr + plane // C * x_strides[0] + plane % C * x_strides[1] + o_x * x_strides[2], mask=m_x, other=0).to(tl.int64)
     high = narrow(tl.cast(scale, tl.float32), y_ptr.dtype.element_ty)
     low = narrow(-tl.cast(scale, tl.float32), y_ptr.dtype.element_ty)
@@ -45,7 +45,7 @@ def _from_bits(x_ptr, y_ptr, size, BITS: tl.constexpr, MSB: tl.constexpr, BLOCK:
     math    int64
     needs   nothing
     """
-    plane, o_x, m_x = _place(size, BLOCK)
+    plane, o_x, m_x, size = _place(size, BLOCK)
     x_ptr += plane * BITS * size
     y = tl.zeros([BLOCK], tl.int64)
     for i in tl.static_range(BITS):

@@ -32,7 +32,7 @@ def _check(op, args, key_lengths, heads, residual):
 
 def _own_linear(x, weight, bias, added, out):
     y = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    into("linear", (y.view(-1, y.shape[-1]),), x, weight, bias, added)
+    into("linear", (y.view(x.shape[0], weight.shape[0]),), x, weight, bias, added)
     return out if y is out else out.copy_(y)
 
 
@@ -333,7 +333,10 @@ def _run_backward(args, outs, means=_CPU):
         if N:
             finish_source(slice(0, N), dk, dv, x)
     for name, grad in zip(_TENSORS[2:], outs[2:], strict=True):
-        grad.copy_(layer.grads.get(name, torch.zeros(())))
+        if name in layer.grads:
+            grad.copy_(layer.grads[name])
+        else:
+            grad.zero_()
 
 
 def _refuse(x, *_):

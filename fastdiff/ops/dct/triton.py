@@ -28,9 +28,14 @@ def _times(a, b, one):
 
 
 @jit
-def _at(x_ptr, i_b, i_c, o_row, o_column, strides, mask):
-    """Elements (i_b, i_c, o_row, o_column) in fp32."""
-    x_ptr += i_b * strides[0] + i_c * strides[1]
+def _from(place, strides):
+    return place[0] * strides[0] + place[1] * strides[1] + tl.cast(place[2], tl.int64) * strides[2]
+
+
+@jit
+def _at(x_ptr, place, o_row, o_column, strides, mask):
+    """Elements (o_row, o_column) in fp32, of the image and from the row on that place = (i_b, i_c, row) says."""
+    x_ptr += _from(place, strides)
     offsets = o_row[:, None] * strides[2] + o_column[None, :] * strides[3]
     return tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
 
@@ -58,13 +63,13 @@ def _part(m_ptr, o_out, o_in, n, KIND: tl.constexpr, PARITY: tl.constexpr):
 
 
 @jit
-def _columns(x_ptr, i_b, i_c, left, columns_ptr, o_h, o_out, H, W, one, strides, INVERSE: tl.constexpr,
+def _columns(x_ptr, place, left, columns_ptr, o_h, o_out, H, W, one, strides, INVERSE: tl.constexpr,
              GENERATOR: tl.constexpr):
     """Columns o_out of a plane's transform: left x C^T, or left x C if INVERSE."""
     t = tl.zeros([o_h.shape[0], o_out.shape[0]], tl.float32)
     for i_w in range(0, W, 16):
         o_w = i_w + tl.arange(0, 16)
-        x = _at(x_ptr, i_b, i_c, o_h, o_w, strides, (o_h < H)[:, None] & (o_w < W)[None, :])
+        x = _at(x_ptr, place, o_h, o_w, strides, (o_h < H)[:, None] & (o_w < W)[None, :])
         if INVERSE:
             right = _entry(columns_ptr, o_w[:, None], o_out[None, :], W, GENERATOR)
         else:
@@ -86,7 +91,8 @@ def _plane(x_ptr, gain_ptr, eps_ptr, gain_eps_ptr, noise_ptr, gain_noise_ptr, y_
     needs   WIDTH_H >= H, WIDTH_W >= W, all three powers of two of at least 16
     """
     pid = tl.program_id(0).to(tl.int64)
-    i_b, i_c = pid // C, pid % C
+    i_b = pid // C
+    place = (i_b, pid % C, 0)
     o_h, o_w = tl.arange(0, WIDTH_H), tl.arange(0, WIDTH_W)
     BLUR: tl.constexpr = KIND == "blur"
     INVERSE: tl.constexpr = KIND == "inverse"
@@ -101,23 +107,23 @@ def _plane(x_ptr, gain_ptr, eps_ptr, gain_eps_ptr, noise_ptr, gain_noise_ptr, y_
             left = _entry(rows_ptr, o_h[None, :], o_h[:, None], H, False)
         else:
             left = _entry(rows_ptr, o_h[:, None], o_h[None, :], H, BLUR)
-        u = _columns(x_ptr, i_b, i_c, left, columns_ptr, o_h, o_u, H, W, one, strides[0], INVERSE, BLUR)
+        u = _columns(x_ptr, place, left, columns_ptr, o_h, o_u, H, W, one, strides[0], INVERSE, BLUR)
         if BLUR:
-            u += _at(gain_ptr, i_b, i_c, o_h, o_u, strides[1], mask) * _at(x_ptr, i_b, i_c, o_h, o_u, strides[0], mask)
+            u += _at(gain_ptr, place, o_h, o_u, strides[1], mask) * _at(x_ptr, place, o_h, o_u, strides[0], mask)
         if KIND == "mix":
-            u *= _at(gain_ptr, i_b, i_c, o_h, o_u, strides[1], mask)
+            u *= _at(gain_ptr, place, o_h, o_u, strides[1], mask)
         if eps_ptr is not None:
-            eps = _columns(eps_ptr, i_b, i_c, left, columns_ptr, o_h, o_u, H, W, one, strides[2], INVERSE, BLUR)
-            u += eps * _at(gain_eps_ptr, i_b, i_c, o_h, o_u, strides[3], mask)
+            eps = _columns(eps_ptr, place, left, columns_ptr, o_h, o_u, H, W, one, strides[2], INVERSE, BLUR)
+            u += eps * _at(gain_eps_ptr, place, o_h, o_u, strides[3], mask)
         if noise_ptr is not None:
-            u += _at(noise_ptr, i_b, i_c, o_h, o_u, strides[4], mask) * _at(gain_noise_ptr, i_b, i_c, o_h, o_u, strides[5], mask)
+            u += _at(noise_ptr, place, o_h, o_u, strides[4], mask) * _at(gain_noise_ptr, place, o_h, o_u, strides[5], mask)
         if KIND == "mix":
             u = _times(_entry(rows_ptr, o_h[None, :], o_h[:, None], H, False), u, one)
             y += _times(u, _entry(columns_ptr, o_u[:, None], o_w[None, :], W, False), one)
         else:
-            _put(y_ptr, u, i_b, i_c, o_h, o_u, H, W, strides[6])
+            _put(y_ptr, u, place, o_h, o_u, H, W, strides[6])
     if KIND == "mix":
-        _put(y_ptr, y, i_b, i_c, o_h, o_w, H, W, strides[6])
+        _put(y_ptr, y, place, o_h, o_w, H, W, strides[6])
 
 
 @jit
@@ -127,26 +133,26 @@ def _mirrored(o, n):
 
 
 @jit
-def _put(y_ptr, y, i_b, i_c, o_row, o_column, H, W, strides):
-    y_ptr += i_b * strides[0] + i_c * strides[1]
+def _put(y_ptr, y, place, o_row, o_column, H, W, strides):
+    y_ptr += _from(place, strides)
     offsets = o_row[:, None] * strides[2] + o_column[None, :] * strides[3]
-    tl.store(y_ptr + offsets, narrow(y, y_ptr.dtype.element_ty), mask=(o_row < H)[:, None] & (o_column < W)[None, :])
+    tl.store(y_ptr + offsets, narrow(y, y_ptr.dtype.element_ty), mask=(o_row < H - place[2])[:, None] & (o_column < W)[None, :])
 
 
 @jit
-def _finish(y_ptr, y, gain_ptr, first_ptr, first_gain_ptr, second_ptr, second_gain_ptr, i_b, i_c, o_m, o_n, M, n, strides):
+def _finish(y_ptr, y, gain_ptr, first_ptr, first_gain_ptr, second_ptr, second_gain_ptr, place, o_m, o_n, M, n, strides):
     """Stores gain y + first_gain first + second_gain second."""
-    mask = (o_m < M)[:, None] & (o_n < n)[None, :]
+    mask = (o_m < M - place[2])[:, None] & (o_n < n)[None, :]
     if gain_ptr is not None:
-        y *= _at(gain_ptr, i_b, i_c, o_m, o_n, strides[2], mask)
+        y *= _at(gain_ptr, place, o_m, o_n, strides[2], mask)
     if first_ptr is not None:
-        first = _at(first_ptr, i_b, i_c, o_m, o_n, strides[3], mask)
+        first = _at(first_ptr, place, o_m, o_n, strides[3], mask)
         if first_gain_ptr is not None:
-            first *= _at(first_gain_ptr, i_b, i_c, o_m, o_n, strides[4], mask)
+            first *= _at(first_gain_ptr, place, o_m, o_n, strides[4], mask)
         y += first
     if second_ptr is not None:
-        y += _at(second_ptr, i_b, i_c, o_m, o_n, strides[5], mask) * _at(second_gain_ptr, i_b, i_c, o_m, o_n, strides[6], mask)
-    _put(y_ptr, y, i_b, i_c, o_m, o_n, M, n, strides[1])
+        y += _at(second_ptr, place, o_m, o_n, strides[5], mask) * _at(second_gain_ptr, place, o_m, o_n, strides[6], mask)
+    _put(y_ptr, y, place, o_m, o_n, M, n, strides[1])
 
 
 @jit
@@ -165,58 +171,69 @@ def _axis(x_ptr, y_ptr, gain_ptr, first_ptr, first_gain_ptr, second_ptr, second_
     pid = tl.program_id(0).to(tl.int64)
     i_n, pid = (pid % blocks).to(tl.int32), pid // blocks
     i_m, pid = (pid % rows).to(tl.int32), pid // rows
-    i_b, i_c = pid // C, pid % C
+    i_b = pid // C
+    place = (i_b, pid % C, i_m * BLOCK_M)
     if KIND == "blur":
         m_ptr += i_b * 2 * n
-    o_m, o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_m = (o_m < M)[:, None]
+    o_m, o_n = tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_m = (o_m < M - place[2])[:, None]
     even = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     odd = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_k in range(0, half, BLOCK_K):
         o_k = i_k + tl.arange(0, BLOCK_K)
         first, second = m_m & (o_k < half)[None, :], m_m & (o_k < n // 2)[None, :]
         if KIND == "inverse":
-            a = _at(x_ptr, i_b, i_c, o_m, 2 * o_k, strides[0], first)
-            b = _at(x_ptr, i_b, i_c, o_m, 2 * o_k + 1, strides[0], second)
+            a = _at(x_ptr, place, o_m, 2 * o_k, strides[0], first)
+            b = _at(x_ptr, place, o_m, 2 * o_k + 1, strides[0], second)
         else:
-            x = _at(x_ptr, i_b, i_c, o_m, o_k, strides[0], first)
-            mirrored = _at(x_ptr, i_b, i_c, o_m, n - 1 - o_k, strides[0], second)
+            x = _at(x_ptr, place, o_m, o_k, strides[0], first)
+            mirrored = _at(x_ptr, place, o_m, n - 1 - o_k, strides[0], second)
             a, b = x + mirrored, x - mirrored
         even += _times(a, _part(m_ptr, o_n[None, :], o_k[:, None], n, KIND, 0), one)
         odd += _times(b, _part(m_ptr, o_n[None, :], o_k[:, None], n, KIND, 1), one)
     if KIND == "forward":
-        _finish(y_ptr, even, gain_ptr, first_ptr, first_gain_ptr, second_ptr, second_gain_ptr, i_b, i_c, o_m, 2 * o_n, M, n, strides)
-        _finish(y_ptr, odd, gain_ptr, first_ptr, first_gain_ptr, second_ptr, second_gain_ptr, i_b, i_c, o_m, 2 * o_n + 1, M, n, strides)
+        _finish(y_ptr, even, gain_ptr, first_ptr, first_gain_ptr, second_ptr, second_gain_ptr, place, o_m, 2 * o_n, M, n, strides)
+        _finish(y_ptr, odd, gain_ptr, first_ptr, first_gain_ptr, second_ptr, second_gain_ptr, place, o_m, 2 * o_n + 1, M, n, strides)
     else:
         o_n = tl.where(o_n < half, o_n, n)
-        _finish(y_ptr, even + odd, gain_ptr, first_ptr, first_gain_ptr, second_ptr, second_gain_ptr, i_b, i_c, o_m, o_n, M, n, strides)
-        _finish(y_ptr, even - odd, gain_ptr, first_ptr, first_gain_ptr, second_ptr, second_gain_ptr, i_b, i_c, o_m, _mirrored(o_n, n), M,
+        _finish(y_ptr, even + odd, gain_ptr, first_ptr, first_gain_ptr, second_ptr, second_gain_ptr, place, o_m, o_n, M, n, strides)
+        _finish(y_ptr, even - odd, gain_ptr, first_ptr, first_gain_ptr, second_ptr, second_gain_ptr, place, o_m, _mirrored(o_n, n), M,
                 n, strides)
 
 
 @lru_cache(32)
-def _matrix(n, where):
+def _matrix(n, where, stream):
     return reference.matrix(n, torch.empty(0, dtype=torch.float64, device=where)).float()
 
 
 @lru_cache(32)
-def _cosines(n, where):
+def _cosines(n, where, stream):
     """(n, 2 n), in float64: gains times this are `_generator`'s numbers."""
     k, m = torch.arange(n, device=where).unsqueeze(1), torch.arange(2 * n, device=where)
     return torch.cos((k * m % (2 * n)).double() * (torch.pi / n)) * torch.where(k > 0, 1.0, 0.5).double() / n
 
 
+def _kept(table, n, x):
+    """table(n), on x's device, for this and later calls on the current stream: another might read it before it is written. Under capture,
+    where nothing is written before the replay, for this call alone.
+    """
+    if not x.is_cuda:
+        return table(n, x.device, None)
+    stream = torch.cuda.current_stream(x.device)
+    return (table.__wrapped__ if torch.cuda.is_current_stream_capturing() else table)(n, x.device, stream.cuda_stream)
+
+
 def _generator(gain):
     """(B, 2 n): g with (D^T diag(gain) D)_ij = g(|i - j|) + g(i + j + 1), by cos a cos b = (cos(a - b) + cos(a + b)) / 2."""
-    return (gain.double() @ _cosines(gain.shape[1], gain.device)).float()
+    return (gain.double() @ _kept(_cosines, gain.shape[1], gain)).float()
 
 
 def _images(x, shape):
-    """x, expanded to `shape`, as (outer, inner, rows, columns); copied if a plane spans more than int32 offsets reach."""
+    """x, expanded to `shape`, as (outer, inner, rows, columns); copied if LARGEST rows of a plane span more than int32 offsets reach."""
     if x is None:
         return None
     x = x.expand(shape)
-    if sum((n - 1) * stride for n, stride in zip(x.shape[-2:], x.stride()[-2:], strict=True)) >= 2**31:
+    if sum((min(n, LARGEST) - 1) * stride for n, stride in zip(x.shape[-2:], x.stride()[-2:], strict=True)) >= 2**31:
         x = x.contiguous()
     return x.reshape(*(1,) * (4 - x.dim()), *x.shape) if x.dim() < 4 else x.flatten(0, -4)
 
@@ -255,7 +272,7 @@ def _run_axes(kind, matrices, x, y, *more):
 
 
 def _matrices(x, dims):
-    return [_matrix(n, x.device) for n in x.shape[-dims:]]
+    return [_kept(_matrix, n, x) for n in x.shape[-dims:]]
 
 
 def _run_dct(args, outs):
@@ -288,8 +305,8 @@ def _run_mix(args, outs):
 def _run_blur(args, outs):
     x, width, signal, floor, noise, sigma = args
     rows, columns, base = reference.blur_factors(x, width, signal, floor)
-    (y,) = outs
     if x.numel():
+        x, noise, y = (_images(t, x.shape) for t in (x, noise, outs[0]))
         base, sigma = (None if s is None else s.view(-1, 1, 1, 1).expand(x.shape) for s in (base, sigma))
         matrices = [_generator(gain) for gain in (rows, columns)]
         if _fits(x, 2):

@@ -188,7 +188,7 @@ def _gradient(dy_ptr, x_ptr, statistics_ptr, weight_ptr, bias_ptr, scale_ptr, sh
     mean, rest, rstd = _statistics(statistics_ptr, i_bg)
     sums_ptr += i_b * groups * width + o_c
     step = tl.num_programs(0).to(tl.int64) * width
-    n = (P * width).to(tl.float32)
+    n = tl.cast(P, tl.float32) * width
     sum_g = tl.load(sums_ptr, mask=m_c, other=0.0)[:, None] * gain
     sum_gn = tl.load(sums_ptr + step, mask=m_c, other=0.0)[:, None] * gain
     mean_g, mean_gn = tl.sum(tl.sum(sum_g, 1), 0) / n, tl.sum(tl.sum(sum_gn, 1), 0) / n

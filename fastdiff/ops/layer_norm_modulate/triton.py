@@ -159,7 +159,7 @@ def _columns(dh_ptr, dout_ptr, x_ptr, y_ptr, gate_ptr, scale_ptr, weight_ptr, bi
     i_b, begin = piece // pieces, piece % pieces * per
     end = tl.minimum(begin + per, N)
     first = tl.program_id(1) * WIDTH
-    rows, size = B.to(tl.int64) * N, D - first
+    rows, size = tl.cast(B, tl.int64) * N, D - first
     o_d = tl.arange(0, WIDTH)
     m_d = o_d < size
     weight, bias = tl.full([WIDTH], 1.0, tl.float32), tl.zeros([WIDTH], tl.float32)
@@ -207,7 +207,7 @@ def _columns(dh_ptr, dout_ptr, x_ptr, y_ptr, gate_ptr, scale_ptr, weight_ptr, bi
             sum_dzy += tl.sum(dgate, 0)
             if dgate_ptr is not None:
                 tl.store(dgate_ptr + o_nd, narrow(dgate, dgate_ptr.dtype.element_ty), mask=m_nd)
-    step = B.to(tl.int64) * pieces * D
+    step = tl.cast(B, tl.int64) * pieces * D
     part_ptr += piece * D + first + o_d
     tl.store(part_ptr, sum_dh, mask=m_d)
     tl.store(part_ptr + step, sum_dhn, mask=m_d)
