@@ -94,6 +94,7 @@ def add(parts_ptr, y_ptr, B, H, M, splits, y_strides, E: tl.constexpr, WIDTH: tl
     needs   WIDTH a power of two, at least E
     """
     start, _, i_bh, i_b, i_h = place(M, 1, H, ROWS)
+    start = start.to(tl.int64)  # in 32 bits registers spill on sm_80
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     for i_s in range(splits):
         i_row = (tl.cast(i_s, tl.int64) * B * H + i_bh) * M

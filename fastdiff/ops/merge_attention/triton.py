@@ -58,7 +58,8 @@ def _gradients(dout_ptr, dlse_ptr, a_ptr, lse_a_ptr, b_ptr, lse_b_ptr, da_ptr, d
     needs   as in `_merge`
     """
     start, _, i_bh, i_b, i_h = place(M, 1, H, ROWS)
-    o_m = start.to(tl.int64) + tl.arange(0, ROWS)
+    start = start.to(tl.int64)  # in 32 bits registers spill on sm_80
+    o_m = start + tl.arange(0, ROWS)
     w_a, w_b, _ = _weights(lse_a_ptr, lse_b_ptr, lse_a_strides, lse_b_strides, i_b, i_h, o_m, M)
     dout = _load(dout_ptr, dout_strides, i_b, i_h, start, M, ROWS, WIDTH, E)
     a, b = _load(a_ptr, a_strides, i_b, i_h, start, M, ROWS, WIDTH, E), _load(b_ptr, b_strides, i_b, i_h, start, M, ROWS, WIDTH, E)
