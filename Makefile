@@ -39,7 +39,7 @@ sanitize: $(VENV)/.demo $(VENV)/.built
 # All that needs a GPU, in 20 minutes: benchmarks/gpu.py. With the virtual environment if it is there, else with PYTHON as it stands, since a
 # machine with a GPU may have torch and no network.
 gpu:
-	PYTHONPATH=. $(if $(wildcard $(VENV)/.built),$(RUN),$(PYTHON)) benchmarks/gpu.py
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(if $(wildcard $(VENV)/.built),$(RUN),$(PYTHON)) benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) build dist fastdiff/_native *.egg-info

@@ -40,8 +40,9 @@ class Steps:
         """Runs a command, which is killed after `seconds`; words: a pattern of the line of its output to show."""
         begin = time.monotonic()
         print(f"{name}: {' '.join(command)}", flush=True)
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                                   start_new_session=True, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
+                                   start_new_session=True, env=os.environ | {"PYTHONPATH": path} | environment)
         try:
             text, _ = process.communicate(timeout=min(seconds, self.left()))
             state = "ok" if process.returncode == 0 else f"FAILED ({process.returncode})"
@@ -76,7 +77,7 @@ def build(steps, rebuild):
 
 def correctness(steps, device, examples):
     """The property suite, and each sanitizer in a process of its own beside it."""
-    several = ["-n", "4"] if _has("xdist") else []
+    several = ["-n", str(max(4, (os.cpu_count() or 1) // 2))] if _has("xdist") else []  # compiling is most of it
     suite = [sys.executable, "-m", "pytest", "tests/test_contract.py", "--device", device, "-p", "no:cacheprovider", *several]
     threads = [threading.Thread(target=steps.run, args=("properties", suite, 420, r"\d+ (passed|failed|error)"))]
     sanitizer = shutil.which("compute-sanitizer") or next(iter(Path("/usr/local").glob("cuda*/bin/compute-sanitizer")), None)

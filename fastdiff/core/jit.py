@@ -16,6 +16,7 @@ try:
 except ImportError as _error:
     jit, WHY_NOT = (lambda kernel: kernel), f"triton cannot be imported: {_error}"
     INTERPRET, tl = False, SimpleNamespace(constexpr=lambda value: value)
+IEEE = tl.constexpr("ieee")  # as a default: Triton 3.6 takes a plain string there for no constant
 
 # What a launch passes beside the kernel's own settings: the default of this one changes between releases of Triton.
 OPTIONS = dict(enable_fp_fusion=True)
@@ -66,7 +67,7 @@ def aligned(x):
 
 
 @jit
-def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+def dot(a, b, acc, PRECISION: tl.constexpr = IEEE):
     """acc + a b, accumulated in fp32; fp32 operands are not rounded to tf32, but may be split into two of them (PRECISION "tf32x3").
 
     Kernels count on one order of addition whatever the tile's shape. The interpreter's has none (and no bf16): there the product is
