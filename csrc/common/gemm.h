@@ -30,7 +30,8 @@ struct Matrix {
   int64_t stride;  // 0: packed panels
 };
 
-enum class A { rows, columns };  // element (i, k) at i * stride + k, or at k * stride + i
+// Element (i, k) at i * stride + k; at k * stride + i; or in slivers of kRows rows, each (K, kRows), which are read from end to end.
+enum class A { rows, columns, slivers };
 
 // Columns that end in the first half of a vector are computed in half a vector where it has 512 bits: cores that run those in two halves
 // save one, and the others lose nothing.
@@ -68,76 +69,117 @@ struct Unscaled {
   friend V operator*(V x, Unscaled) { return x; }
 };
 
-// V vectors of columns, the last one a half with `half`. Every element is one chain of FMAs over k from zero, whatever the tile: equal rows
-// and columns give equal bits. Adding C last keeps the chain, and with it the rounding error, to the length of one block.
-template <int R, int V, bool half, A order, bool add, class Math, class Scale>
-inline void tile(int64_t K, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, Scale scale) {
-  constexpr int whole = V - half;
-  f32 acc[R][V];
-  half_f32 tail[R];
-  // Every loop over r and v is unrolled by name: left to itself, GCC keeps acc on the stack before and after the loop over k.
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < whole; ++v) acc[r][v] = f32{};
-    tail[r] = half_f32{};
+// Where the sums of a product go: vector v, or half a vector, of row r of the tile at row i and column j. A sink that is staged is told with
+// done() that a tile of (R, V) vectors is complete; and with fetch() of one after the other of them, n of R V, all through the tile before.
+template <bool add, class Scale>
+struct Stored {
+  float* c;
+  int64_t stride;
+  Scale scale;
+  static constexpr bool staged = false;
+  template <class V>
+  [[gnu::always_inline]] void operator()(int64_t i, int64_t j, int r, int v, V sum) const {
+    float* out = c + (i + r) * stride + j + v * kLanes;
+    sum = add ? load_as<V>(out) + sum : sum * scale;
+    if constexpr (!add && sizeof(V) < sizeof(f32)) store(out, f32{});
+    std::memcpy(out, &sum, sizeof sum);
   }
-  for (int64_t k = 0; k < K; ++k) {
-    f32 row[V];
-    half_f32 last;
-#pragma GCC unroll 4
-    for (int v = 0; v < whole; ++v) row[v] = load(b + k * b_stride + v * kLanes);
-    if constexpr (half) last = load_as<half_f32>(b + k * b_stride + whole * kLanes);
+};
+
+// V vectors of columns, the last one a half with `half`. Every element is one chain of FMAs over k from zero, whatever the tile: equal rows
+// and columns give equal bits. Adding C last keeps the chain, and with it the rounding error, to the length of one block; so does `depth`, if
+// it is not 0: the sums of so many k are added up.
+template <int R, int V, bool half, A order, class Math, int depth, class Sink>
+inline void tile(int64_t K, const float* a, int64_t a_stride, const float* b, int64_t b_stride, const Sink& sink, int64_t i, int64_t j) {
+  constexpr int whole = V - half;
+  f32 acc[R][V], part[R][V];
+  half_f32 tail[R], part_tail[R];
+  [[maybe_unused]] int64_t fetch = 0, fetched = 0;
+  for (int64_t k = 0, end; ; k = end) {
+    // Every loop over r and v is unrolled by name: left to itself, GCC keeps acc on the stack before and after the loop over k.
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      const float x = order == A::rows ? a[r * a_stride + k] : a[k * a_stride + r];
 #pragma GCC unroll 4
-      for (int v = 0; v < whole; ++v) acc[r][v] = Math::add_product(acc[r][v], x, row[v]);
-      if constexpr (half) tail[r] = Math::add_product(tail[r], x, last);
+      for (int v = 0; v < whole; ++v) acc[r][v] = f32{};
+      tail[r] = half_f32{};
     }
+    const int64_t begin = k;
+    end = depth && k + depth < K ? k + depth : K;
+    for (; k < end; ++k) {
+      if constexpr (Sink::staged)
+        if (k == fetch && fetched < R * V) {
+          sink.template fetch<R, V>(i, j, fetched++);
+          fetch += K < 2 * R * V ? 1 : K / (R * V);
+        }
+      f32 row[V];
+      half_f32 last;
+#pragma GCC unroll 4
+      for (int v = 0; v < whole; ++v) row[v] = load(b + k * b_stride + v * kLanes);
+      if constexpr (half) last = load_as<half_f32>(b + k * b_stride + whole * kLanes);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const float x = order == A::rows ? a[r * a_stride + k] : a[k * (order == A::slivers ? kRows : a_stride) + r];
+#pragma GCC unroll 4
+        for (int v = 0; v < whole; ++v) acc[r][v] = Math::add_product(acc[r][v], x, row[v]);
+        if constexpr (half) tail[r] = Math::add_product(tail[r], x, last);
+      }
+    }
+    if constexpr (depth) {
+      if (begin) {
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+          for (int v = 0; v < whole; ++v) acc[r][v] += part[r][v];
+          if constexpr (half) tail[r] += part_tail[r];
+        }
+      }
+      if (end < K) {
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+          for (int v = 0; v < whole; ++v) part[r][v] = acc[r][v];
+          if constexpr (half) part_tail[r] = tail[r];
+        }
+        continue;
+      }
+    }
+    break;
   }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
-    float* out = c + r * c_stride;
 #pragma GCC unroll 4
-    for (int v = 0; v < whole; ++v) store(out + v * kLanes, add ? load(out + v * kLanes) + acc[r][v] : acc[r][v] * scale);
-    if constexpr (half) {
-      out += whole * kLanes;
-      if constexpr (!add) store(out, f32{});
-      const half_f32 sum = add ? load_as<half_f32>(out) + tail[r] : tail[r] * scale;
-      std::memcpy(out, &sum, sizeof sum);
-    }
+    for (int v = 0; v < whole; ++v) sink(i, j, r, v, acc[r][v]);
+    if constexpr (half) sink(i, j, r, whole, tail[r]);
   }
+  if constexpr (Sink::staged) sink.done(i, j, R, V);
 }
 
-template <int V, bool half, A order, bool add, class Math, class Scale>
-inline void panel(int64_t M, int64_t K, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, Scale scale) {
-  const int64_t step = order == A::rows ? a_stride : 1;
+template <int V, bool half, A order, class Math, int depth, class Sink>
+inline void panel(int64_t M, int64_t K, const float* a, int64_t a_stride, const float* b, int64_t b_stride, const Sink& sink, int64_t j) {
+  const int64_t step = order == A::rows ? a_stride : order == A::slivers ? K : 1;
   int64_t i = 0;
-  for (; i + kRows <= M; i += kRows) tile<kRows, V, half, order, add, Math>(K, a + i * step, a_stride, b, b_stride, c + i * c_stride, c_stride, scale);
+  for (; i + kRows <= M; i += kRows) tile<kRows, V, half, order, Math, depth>(K, a + i * step, a_stride, b, b_stride, sink, i, j);
   a += i * step;
-  c += i * c_stride;
   switch (M - i) {
-    case 1: return tile<1, V, half, order, add, Math>(K, a, a_stride, b, b_stride, c, c_stride, scale);
-    case 2: return tile<2, V, half, order, add, Math>(K, a, a_stride, b, b_stride, c, c_stride, scale);
-    case 3: return tile<3, V, half, order, add, Math>(K, a, a_stride, b, b_stride, c, c_stride, scale);
-    case 4: return tile<4, V, half, order, add, Math>(K, a, a_stride, b, b_stride, c, c_stride, scale);
-    case 5: return tile<5, V, half, order, add, Math>(K, a, a_stride, b, b_stride, c, c_stride, scale);
+    case 1: return tile<1, V, half, order, Math, depth>(K, a, a_stride, b, b_stride, sink, i, j);
+    case 2: return tile<2, V, half, order, Math, depth>(K, a, a_stride, b, b_stride, sink, i, j);
+    case 3: return tile<3, V, half, order, Math, depth>(K, a, a_stride, b, b_stride, sink, i, j);
+    case 4: return tile<4, V, half, order, Math, depth>(K, a, a_stride, b, b_stride, sink, i, j);
+    case 5: return tile<5, V, half, order, Math, depth>(K, a, a_stride, b, b_stride, sink, i, j);
   }
 }
 
-// C (M, columns) = scale A (M, K) B (K, columns), or += A B with add; K counts floats or pairs. C's columns beyond, up to a whole vector, become 0 if B's are.
-// Panels beyond the first `wanted` columns are left out.
-template <A order, bool add, class Math = Floats, class Scale = Unscaled>
-void gemm(int64_t M, int64_t columns, int64_t K, const float* a, int64_t a_stride, Matrix b, float* c, int64_t c_stride, Scale scale, int64_t wanted) {
+// The sums of A (M, K) B (K, columns) to a sink; K counts floats or pairs. Panels beyond the first `wanted` columns are left out.
+template <A order, class Math, int depth, class Sink>
+void multiply(int64_t M, int64_t columns, int64_t K, const float* a, int64_t a_stride, Matrix b, const Sink& sink, int64_t wanted) {
   const Panels panels(vectors(columns));
   for (int p = 0; p < panels.count && panels.first(p) * kLanes < wanted; ++p) {
     const int width = panels.width(p), first = panels.first(p) * kLanes;
     const float* source = b.data + (b.stride ? first : first * K);
     const int64_t stride = b.stride ? b.stride : width * kLanes;
     const auto run = [&]<int V>() {
-      if (p + 1 == panels.count && ends_in_half(columns)) panel<V, true, order, add, Math>(M, K, a, a_stride, source, stride, c + first, c_stride, scale);
-      else panel<V, false, order, add, Math>(M, K, a, a_stride, source, stride, c + first, c_stride, scale);
+      if (p + 1 == panels.count && ends_in_half(columns)) panel<V, true, order, Math, depth>(M, K, a, a_stride, source, stride, sink, first);
+      else panel<V, false, order, Math, depth>(M, K, a, a_stride, source, stride, sink, first);
     };
     switch (width) {
       case 1: run.template operator()<1>(); break;
@@ -146,6 +188,12 @@ void gemm(int64_t M, int64_t columns, int64_t K, const float* a, int64_t a_strid
       case 4: if constexpr (kPanel > 2) run.template operator()<4>(); break;
     }
   }
+}
+
+// C (M, columns) = scale A B, or += A B with add. C's columns beyond, up to a whole vector, become 0 if B's are.
+template <A order, bool add, class Math = Floats, class Scale = Unscaled>
+void gemm(int64_t M, int64_t columns, int64_t K, const float* a, int64_t a_stride, Matrix b, float* c, int64_t c_stride, Scale scale, int64_t wanted) {
+  multiply<order, Math, 0>(M, columns, K, a, a_stride, b, Stored<add, Scale>{c, c_stride, scale}, wanted);
 }
 
 template <A order, bool add, class Math = Floats>
@@ -206,6 +254,29 @@ inline void pack_factor(int64_t rows, int64_t columns, const T* x, int64_t strid
   } else {
     pack_transposed(rows, columns, x, stride, Unscaled{}, out);
   }
+}
+
+// (depth, columns) in packed panels, from rows of it that are contiguous; with `paired`, rows 2 k and 2 k + 1 in one row of pairs.
+template <bool paired, class T>
+void pack_panels(int64_t depth, int64_t columns, const T* x, int64_t stride, float* out) {
+  const Panels panels(vectors(columns));
+  for (int p = 0; p < panels.count; ++p) {
+    const int64_t first = panels.first(p) * kLanes, width = panels.width(p) * kLanes;
+    for (int64_t k = 0; k < depth; k += 1 + paired, out += width)
+      for (int64_t j = 0; j < width; j += kLanes) {
+        const int64_t left = columns - first - j;
+        const auto get = [&](const T* source) { return left >= kLanes ? load(source) : left > 0 ? load_n(source, static_cast<int>(left)) : f32{}; };
+        const T* source = x + k * stride + first + j;
+        if constexpr (paired) store(out + j, from_bits((bits(get(source)) >> 16) | bits(k + 1 < depth ? get(source + stride) : f32{})));
+        else store(out + j, get(source));
+      }
+  }
+}
+
+// Columns of floats to slivers: A of a product over rows, whose rows are the columns.
+inline void pack_slivers(int64_t rows, int64_t columns, const float* x, int64_t stride, float* out) {
+  for (int64_t j = 0; j < columns; j += kRows, out += rows * kRows)
+    for (int64_t i = 0; i < rows; ++i) std::memcpy(out + i * kRows, x + i * stride + j, kRows * sizeof(float));
 }
 
 // Two vectors of floats to pairs: lane l has a[l] and, in its upper half, b[l], rounded to nearest even.

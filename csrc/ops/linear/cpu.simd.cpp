@@ -12,23 +12,6 @@ const T* at(const Matrix& m, int64_t i, int64_t k) {
   return static_cast<const T*>(m.data) + i * m.row + k * m.column;
 }
 
-// (depth, columns) in packed panels, from rows of it that are contiguous; with `paired`, rows 2 k and 2 k + 1 in one row of pairs.
-template <bool paired, class T>
-void pack_panels(int64_t depth, int64_t columns, const T* x, int64_t stride, float* out) {
-  const Panels panels(vectors(columns));
-  for (int p = 0; p < panels.count; ++p) {
-    const int64_t first = panels.first(p) * kLanes, width = panels.width(p) * kLanes;
-    for (int64_t k = 0; k < depth; k += 1 + paired, out += width)
-      for (int64_t j = 0; j < width; j += kLanes) {
-        const int64_t left = columns - first - j;
-        const auto get = [&](const T* source) { return left >= kLanes ? load(source) : left > 0 ? load_n(source, static_cast<int>(left)) : f32{}; };
-        const T* source = x + k * stride + first + j;
-        if constexpr (paired) store(out + j, from_bits((bits(get(source)) >> 16) | bits(k + 1 < depth ? get(source + stride) : f32{})));
-        else store(out + j, get(source));
-      }
-  }
-}
-
 int64_t scratch(const Plan& plan) {
   const int64_t by_rows = plan.rows * line(plan.depth), by_columns = plan.depth * line(plan.rows);
   return plan.rows * padded(plan.columns) + (by_rows > by_columns ? by_rows : by_columns);

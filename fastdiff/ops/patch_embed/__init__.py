@@ -5,9 +5,9 @@ from math import prod
 import torch
 
 from ...core.backend import cpu
+from ...core.backend import triton as on_triton
 from ...core.check import dims, fail, integers, option, tensor
-from ...core.contract import contract
-from ..linear import linear
+from ...core.contract import contract, into
 from ..patchify import patchify
 from . import reference, triton
 
@@ -54,19 +54,37 @@ UNPATCH_PROJECT = contract("unpatch_project(Tensor tokens, Tensor weight, Tensor
                                      cpu("unpatch_project", plan=lambda *_: "tokens by blocks, times packed weights, scattered")))
 
 
-def _weight_gradient(tokens, image, patch):
-    """tokens^T patches, (D, K)."""
-    rows = lambda x: x.reshape(x.shape[0] * x.shape[1], x.shape[2])
-    return linear(rows(tokens).T, rows(patchify(image, tuple(patch), order="cpq")).T)
+def _product_outputs(tokens, image, patch, by_tokens):
+    op = "patch_product"
+    sizes = dims(op, tokens=(tokens, "B N D"), image=(image, _LAYOUTS[len(patch)]))
+    D, K = sizes["D"], prod(patch) * sizes["C"]
+    if sizes["N"] != prod(_grid(image.shape[2:], patch)):
+        fail(op, f"tokens wants one per patch of {tuple(image.shape)} in {tuple(patch)}, got {tuple(tokens.shape)}")
+    return tokens.new_empty((D, K) if by_tokens else (K, D)), tokens.new_empty(D), tokens.new_empty(K)
+
+
+def _product_by_parts(args, outs):
+    tokens, image, patch, by_tokens = args
+    tokens, patches = tokens.flatten(0, 1), patchify(image, tuple(patch), order="cpq").flatten(0, 1)
+    x, weight = (tokens, patches) if by_tokens else (patches, tokens)
+    into("linear", outs[:1], x.T, weight.T, None, None)
+    torch.sum(tokens, 0, out=outs[1])
+    torch.sum(patches, 0, out=outs[2])
+
+
+# The gradients of both ops' weights and biases. Patches are stored on a GPU alone.
+PATCH_PRODUCT = contract("patch_product(Tensor tokens, Tensor image, SymInt[] patch, bool by_tokens) -> (Tensor, Tensor, Tensor)",
+                         outputs=_product_outputs, reference=reference.patch_product, module=__name__,
+                         backends=(on_triton(_product_by_parts), cpu("patch_product")))
 
 
 def _embed_backward(ctx, dy):
     if dy is None:
         return (None,) * 5
-    (x, weight, *_), wants, patch = ctx.saved_tensors, ctx.wants, ctx.args[4]
+    (x, weight), wants, patch = ctx.saved_tensors, ctx.wants, ctx.args[4]
+    dweight, dbias, _ = PATCH_PRODUCT(dy, x, patch, True) if wants[1] or wants[2] else (None,) * 3
     return (UNPATCH_PROJECT(dy, weight.T, None, patch, _grid(x.shape[2:], patch)) if wants[0] else None,
-            _weight_gradient(dy, x, patch) if wants[1] else None, dy.sum((0, 1)) if wants[2] else None,
-            (dy.squeeze(0) if dy.shape[0] == 1 else dy.sum(0)) if wants[3] else None, None)
+            dweight, dbias if wants[2] else None, (dy.squeeze(0) if dy.shape[0] == 1 else dy.sum(0)) if wants[3] else None, None)
 
 
 def _embed_jvp(ctx, dx, dweight, dbias, dposition, *_):
@@ -80,13 +98,9 @@ def _embed_jvp(ctx, dx, dweight, dbias, dposition, *_):
 def _project_backward(ctx, dy):
     if dy is None:
         return (None,) * 5
-    (tokens, weight, *_), wants, (patch, grid) = ctx.saved_tensors, ctx.wants, ctx.args[3:]
-    dbias = None
-    if wants[2]:
-        split = dy.reshape(*dy.shape[:2], *(n for pair in zip(grid, patch, strict=True) for n in pair))
-        dbias = split.sum((0, *range(2, split.dim(), 2))).reshape(dy.shape[1] * prod(patch))
-    return (PATCH_EMBED(dy, weight.T, None, None, patch) if wants[0] else None,
-            _weight_gradient(tokens, dy, patch).T if wants[1] else None, dbias, None, None)
+    (tokens, weight), wants, patch = ctx.saved_tensors, ctx.wants, ctx.args[3]
+    dweight, _, dbias = PATCH_PRODUCT(tokens, dy, patch, False) if wants[1] or wants[2] else (None,) * 3
+    return PATCH_EMBED(dy, weight.T, None, None, patch) if wants[0] else None, dweight, dbias if wants[2] else None, None, None
 
 
 def _project_jvp(ctx, dtokens, dweight, dbias, *_):
@@ -102,6 +116,7 @@ UNPATCH_PROJECT.autograd(save=lambda ctx, args, outs: args[:2], backward=_projec
 
 PATCH_EMBED.vmap_batch((1, 2, 3))
 UNPATCH_PROJECT.vmap_batch((1, 2))
+PATCH_PRODUCT.vmap_batch(apart=lambda *_: True)
 
 
 def _channels_first(x, axis, patch, order):
