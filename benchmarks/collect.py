@@ -5,6 +5,7 @@ python benchmarks/collect.py [FILE ...] [--into benchmarks/results/MACHINE.json]
 
 import argparse
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -25,8 +26,9 @@ def entered(document, new):
     key = lambda record: tuple(record[name] for name in report.KEY)
     records = {key(r): r for r in (*document["records"], *new["records"])}
     runs = dict(zip(document["command"].split(" ; "), document["ceilings"], strict=True))  # ceilings of each command
-    runs.pop(new["command"], None)
-    runs[new["command"]] = new["ceilings"]
+    command = re.sub(r"--json \S+", "--json FILE", new["command"])
+    runs.pop(command, None)
+    runs[command] = new["ceilings"]
     return document | {"machine": new["machine"], "versions": document["versions"] | new["versions"], "records": list(records.values()),
                        "command": " ; ".join(runs), "ceilings": list(runs.values())}
 
