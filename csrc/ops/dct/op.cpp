@@ -20,11 +20,26 @@ using torch::stable::Tensor;
 constexpr int64_t kRowsOfAnItem = 64;  // where rows alone are transformed
 constexpr int64_t kItem = 1 << 14;     // floats: an item is several small planes
 constexpr int64_t kPlane = 1 << 18;    // floats; a larger one is shared by the threads
+constexpr int64_t kParts = 48;         // below, one dense product is less work than the passes between two
 
 struct Tables {
   std::vector<float> floats;
-  Axis axis;
+  Axis axis, parts[2];
+  std::shared_ptr<const Tables> kept[2];  // where the parts' tables lie
 };
+
+std::shared_ptr<const Tables> tables_of(int64_t n);
+
+// The power of an odd number's smallest prime that divides it.
+int64_t prime_power(int64_t n) {
+  for (int64_t p = 3; p * p <= n; p += 2)
+    if (n % p == 0) {
+      int64_t power = p;
+      while (n % (power * p) == 0) power *= p;
+      return power;
+    }
+  return n;
+}
 
 // The splitting of a length with its cosines, made in double. cos(pi j / (2 n)) has period 4 n in j.
 std::shared_ptr<const Tables> make(int64_t n) {
@@ -57,8 +72,16 @@ std::shared_ptr<const Tables> make(int64_t n) {
       for (int64_t i = 0; i < columns; ++i) out.push_back(cosines[times(k) * (2 * i + 1) % (8 * b)]);
     return first;
   };
-  axis.sums = matrix(rest, rest, [](int64_t k) { return 4 * k; });
-  axis.differences = matrix(half, half, [](int64_t k) { return 4 * k + 2; });
+  if (const int64_t part = prime_power(b); b >= kParts && part < b) {
+    for (int i = 0; i < 2; ++i) {
+      tables->kept[i] = tables_of(i ? b / part : part);
+      tables->parts[i] = tables->kept[i]->axis;
+    }
+    axis.parts = tables->parts;
+  } else {
+    axis.sums = matrix(rest, rest, [](int64_t k) { return 4 * k; });
+    axis.differences = matrix(half, half, [](int64_t k) { return 4 * k + 2; });
+  }
   if (axis.levels) axis.fourth = matrix(b, b, [](int64_t k) { return 2 * k + 1; });
   return tables;
 }

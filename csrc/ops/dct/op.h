@@ -13,10 +13,11 @@ constexpr int kLevels = 48;
 struct Axis {
   int64_t n, base;
   int levels;
-  bool small;  // the base is one of those that are computed in registers
+  bool small;         // the base is one of those that are computed in registers
+  const Axis* parts;  // null, or two of coprime odd lengths, whose product is the base
   // Level l: for a transform of type 4 of M = n >> l elements, M / 2 each of cos t_n, sin t_n, (-1)^n cos t_n, (-1)^n sin t_n.
   const float* turns[kLevels];
-  // A base that is not small: the type-2 transform's matrices of sums and of differences, and the type-4 transform's.
+  // A base that is not small: without parts the type-2 transform's matrices of sums and of differences; with levels the type-4 transform's.
   const float *sums, *differences, *fourth;
 };
 

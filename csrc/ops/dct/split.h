@@ -1,11 +1,14 @@
 // Cosine transforms of kLanes columns at once: one vector per element. Lengths are halved while they are even, down to a base that is
-// computed in registers or, of odd length, by a product with a matrix. Include from *.simd.cpp alone.
+// computed in registers or, of odd length, by parts or by a product with a matrix. Include from *.simd.cpp alone.
 //
 // Type 2: X_k = sum x_n cos(pi (2 n + 1) k / (2 N)). Even k are the type-2 transform of x_n + x_{N-1-n}, odd k the type-4 transform of
 // x_n - x_{N-1-n}, n < N / 2.
 // Type 4: X_k = sum x_n cos(pi (2 n + 1) (2 k + 1) / (4 M)). With t_n = pi (2 n + 1) / (4 M), the type-2 transforms C of
 // x_n cos t_n + x_{M-1-n} sin t_n and V of (-1)^n (x_{M-1-n} cos t_n - x_n sin t_n) give X_0 = C_0, X_{2j} = C_j + V_{M/2-j},
 // X_{2j-1} = C_j - V_{M/2-j}, X_{M-1} = -V_0. Every step is a rotation or a sum and difference: errors grow with the number of levels.
+// Parts (Yang and Narasimha 1985): for coprime odd P and Q, 2 cos a cos b = cos(a + b) + cos(a - b) makes of the type-2 transform Y of a P x Q
+// grid, whose element (i, j) is x_n where n comes to i and j going back and forth along the grid, that of all N = P Q:
+// 2 Y_ij = X_{Q i + P j} + X_{|Q i - P j|}, and as X_{2 N - k} = -X_k, its mirror image 2 Y_{P-i,Q-j} = X_{|Q i - P j|} - X_{Q i + P j}.
 #pragma once
 
 #include "common/gemm.h"
@@ -267,12 +270,73 @@ inline void product(int64_t size, const float* m, const float* x, int64_t xs, fl
 }
 
 // Transforms of a.n >> level elements, from x to y, which do not overlap. work: 2 vectors for each element.
+inline void two(const Axis& a, int level, const float* x, int64_t xs, float* y, int64_t ys, float* work);
+inline void back(const Axis& a, int level, const float* x, int64_t xs, float* y, int64_t ys, float* work);
 inline void four(const Axis& a, int level, const float* x, int64_t xs, float* y, int64_t ys, float* work);
+
+// f(n, where n comes to in a grid of P x Q).
+template <class F>
+inline void back_and_forth(int64_t P, int64_t Q, const F& f) {
+  for (int64_t n = 0, i = 0, j = 0, down = 1, along = 1; n < P * Q; ++n) {
+    f(n, i * Q + j);
+    if (i += down; i < 0 || i == P) down = -down, i += down;
+    if (j += along; j < 0 || j == Q) along = -along, j += along;
+  }
+}
+
+// f(place of Y_ij and of its mirror image in the grid, Q i + P j, |Q i - P j|), the sum turned to below N, with the sign that it then has.
+template <class F>
+inline void mirrored(int64_t P, int64_t Q, const F& f) {
+  const int64_t N = P * Q;
+  for (int64_t i = 1; i < P; ++i)
+    for (int64_t j = 1; j <= Q / 2; ++j) {
+      const int64_t u = Q * i, v = P * j, sum = u + v;
+      f(u + j, N + Q - u - j, sum < N ? sum : 2 * N - sum, u < v ? v - u : u - v, sum < N ? 1.0f : -1.0f);
+    }
+}
+
+// The type-2 transform of a grid, rows and then columns, from x to itself through y, whose vectors are ys floats apart; or its transpose.
+template <bool transposed>
+inline void grid(const Axis& p, const Axis& q, float* x, float* y, int64_t ys, float* work) {
+  const auto transform = [work](const Axis& a, const float* from, int64_t step, float* to, int64_t to_step) {
+    transposed ? back(a, 0, from, step, to, to_step, work) : two(a, 0, from, step, to, to_step, work);
+  };
+  const int64_t P = p.n, Q = q.n;
+  for (int64_t i = 0; i < P; ++i) transform(q, x + i * Q * kLanes, kLanes, y + i * Q * ys, ys);
+  for (int64_t j = 0; j < Q; ++j) transform(p, y + j * ys, Q * ys, x + j * kLanes, Q * kLanes);
+}
+
+inline void two_by_parts(const Axis& p, const Axis& q, const float* x, int64_t xs, float* y, int64_t ys, float* work) {
+  const int64_t P = p.n, Q = q.n;
+  back_and_forth(P, Q, [=](int64_t n, int64_t at) { store(work + at * kLanes, load(x + n * xs)); });
+  grid<false>(p, q, work, y, ys, work + P * Q * kLanes);
+  for (int64_t j = 0; j < Q; ++j) store(y + P * j * ys, load(work + j * kLanes));
+  for (int64_t i = 1; i < P; ++i) store(y + Q * i * ys, load(work + Q * i * kLanes));
+  mirrored(P, Q, [=](int64_t at, int64_t image, int64_t sum, int64_t difference, float sign) {
+    const f32 u = load(work + at * kLanes), v = load(work + image * kLanes);
+    store(y + sum * ys, (u - v) * sign);
+    store(y + difference * ys, u + v);
+  });
+}
+
+inline void back_by_parts(const Axis& p, const Axis& q, const float* x, int64_t xs, float* y, int64_t ys, float* work) {
+  const int64_t P = p.n, Q = q.n;
+  for (int64_t j = 0; j < Q; ++j) store(work + j * kLanes, load(x + P * j * xs));
+  for (int64_t i = 1; i < P; ++i) store(work + Q * i * kLanes, load(x + Q * i * xs));
+  mirrored(P, Q, [=](int64_t at, int64_t image, int64_t sum, int64_t difference, float sign) {
+    const f32 u = load(x + difference * xs), v = load(x + sum * xs) * sign;
+    store(work + at * kLanes, u + v);
+    store(work + image * kLanes, u - v);
+  });
+  grid<true>(p, q, work, y, ys, work + P * Q * kLanes);
+  back_and_forth(P, Q, [=](int64_t n, int64_t at) { store(y + n * ys, load(work + at * kLanes)); });
+}
 
 inline void two(const Axis& a, int level, const float* x, int64_t xs, float* y, int64_t ys, float* work) {
   const int64_t N = a.n >> level, h = N / 2, c = N - h;
   if (level == a.levels) {
     if (a.small) return whole<Step::two>(N, Plain{x, xs}, Stored{y, ys});
+    if (a.parts) return two_by_parts(a.parts[0], a.parts[1], x, xs, y, ys, work);
     float *s = work, *d = work + c * kLanes;
     for (int64_t n = 0; n < h; ++n) {
       const f32 u = load(x + n * xs), v = load(x + (N - 1 - n) * xs);
@@ -315,6 +379,7 @@ inline void back(const Axis& a, int level, const float* x, int64_t xs, float* y,
   const int64_t N = a.n >> level, h = N / 2, c = N - h;
   if (level == a.levels) {
     if (a.small) return whole<Step::back>(N, Plain{x, xs}, Stored{y, ys});
+    if (a.parts) return back_by_parts(a.parts[0], a.parts[1], x, xs, y, ys, work);
     float *s = work, *d = work + c * kLanes;
     product<A::columns>(c, a.sums, x, 2 * xs, s, kLanes);
     product<A::columns>(h, a.differences, x + xs, 2 * xs, d, kLanes);
