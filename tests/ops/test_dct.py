@@ -6,7 +6,7 @@ import torch
 from fastdiff import ops
 from fastdiff.core.backend import use_backend
 
-LENGTHS = (1, 2, 3, 16, 20, 28, 31, 32, 40, 48, 64, 97, 100, 128, 217, 256, 300, 512, 1000)
+LENGTHS = (1, 2, 3, 16, 20, 28, 31, 32, 40, 48, 64, 97, 100, 105, 128, 217, 256, 300, 434, 512, 1000, 1155)
 
 
 @pytest.mark.parametrize("inverse", (False, True), ids=("dct", "idct"))

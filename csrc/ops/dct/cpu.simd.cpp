@@ -1,4 +1,4 @@
-#include <algorithm>
+#include <type_traits>
 
 #include "ops/dct/split.h"
 
@@ -8,25 +8,21 @@ namespace {
 // The factor of element 0 beside the others, which the sums of split.h leave out.
 constexpr float kFirst = 0x1.6a09e6p-1f;
 constexpr float kPi = 0x1.921fb6p+1f;
-// Columns pass between memory and their transforms in groups of strips, row by row, so that memory sees runs long enough for the
-// processor to fetch ahead of them: a whole plane at once up to this many floats, and four cache lines of a row at least.
-constexpr int64_t kGroup = 1 << 13;
-constexpr int64_t kLines = 4;
+// Planes of more elements than the first level's cache holds are fetched ahead, those that do not fit the second level's are not.
+constexpr int64_t kNear = 1 << 13, kFar = 1 << 16;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int64_t longest(const Problem& p) { return padded(p.h > p.w ? p.h : p.w); }
 int64_t strips(const Problem& p) { return vectors(p.w); }
 int64_t blocks(const Problem& p) { return vectors(p.h); }
-int64_t group(const Problem& p) { return std::clamp(kGroup / (p.h * kLanes), least(kLines, strips(p)), strips(p)); }
 
 // The image: strips of kLanes columns, each a vector for every row, up to whole blocks of kLanes rows.
 int64_t tall(const Problem& p) { return padded(p.h) * kLanes; }
 int64_t plane_floats(const Problem& p) { return p.columns ? tall(p) * strips(p) : 0; }
 int64_t image(const Problem& p) { return (p.eps ? 2 : 1) * plane_floats(p); }
-// Three lines of vectors, one per element of a row, or a group of columns; and the two lines that split.h works with.
-int64_t lines(const Problem& p) { return std::max(3 * longest(p) * kLanes, p.columns ? group(p) * tall(p) : 0); }
-int64_t scratch(const Problem& p) { return lines(p) + 2 * longest(p) * kLanes; }
+// Three lines of vectors, one per element of a row or column, and the two that split.h works with.
+int64_t scratch(const Problem& p) { return 5 * longest(p) * kLanes; }
 
 // line[j] = column j of the `rows` rows of tiles of kLanes columns: row r of tile t at row(r) + t * step. Zeros in rows beyond.
 template <class F>
@@ -68,6 +64,12 @@ inline void scatter(int64_t columns, int64_t rows, const float* line, float scal
   }
 }
 
+// Inlined by name: GCC takes a function that only fetches for one without effect, and leaves its calls out.
+template <bool written, class T>
+[[gnu::always_inline]] inline void fetch_lines(const T* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(x + i, written, 2);
+}
+
 float norm(const Problem& p) { return __builtin_sqrtf(2.0f / p.w) * (p.columns ? __builtin_sqrtf(2.0f / p.h) : 1.0f); }
 
 // pi i / n for kLanes i from `first` on.
@@ -84,7 +86,7 @@ struct Plane {
 
   Plane(const Problem& p, int64_t plane, float* image, float* scratch) : p(p), plane(plane), image(image) {
     const int64_t line = longest(p) * kLanes;
-    a = scratch, b = a + line, c = b + line, work = a + lines(p);
+    a = scratch, b = a + line, c = b + line, work = c + line;
   }
 
   int64_t first() const { return plane * p.h * p.w; }
@@ -93,43 +95,43 @@ struct Plane {
   T* output() const { return static_cast<T*>(p.y) + first(); }
   float* strip(float* z, int64_t s) const { return z + s * tall(p); }
 
-  // f(row i of strip s in the group, its vector in a, how many of its lanes are the plane's) row by row.
-  template <class F>
-  void each(int64_t begin, int64_t end, const F& f) const {
-    const int64_t whole = least(end, p.w / kLanes);
-    for (int64_t i = 0; i < p.h; ++i) {
-      float* at = a + i * kLanes;
-      const int64_t row = i * p.w;
-      for (int64_t s = begin; s < whole; ++s, at += tall(p)) f(row + s * kLanes, at, kLanes);
-      if (whole < end) f(row + whole * kLanes, at, static_cast<int>(p.w - whole * kLanes));
-    }
-  }
+  // How many lanes of strip s are the plane's; and whether memory has the strip as a transform does.
+  int width(int64_t s) const { return static_cast<int>(least(kLanes, p.w - s * kLanes)); }
+  bool direct(int64_t s) const { return std::is_same_v<T, float> && width(s) == kLanes; }
+  static f32 part(const T* x, int n) { return n == kLanes ? load(x) : load_n(x, n); }
 
   void enter(const T* x, float* z, int64_t begin, int64_t end) const {
-    each(begin, end, [&](int64_t from, float* to, int n) { store(to, n == kLanes ? load(x + from) : load_n(x + from, n)); });
     for (int64_t s = begin; s < end; ++s) {
       float* to = strip(z, s);
-      two(p.along_h, 0, a + (s - begin) * tall(p), kLanes, to, kLanes, work);
+      const T* from = x + s * kLanes;
+      if (direct(s)) {
+        two(p.along_h, 0, reinterpret_cast<const float*>(from), p.w, to, kLanes, work);
+      } else {
+        for (int64_t i = 0; i < p.h; ++i) store(a + i * kLanes, part(from + i * p.w, width(s)));
+        two(p.along_h, 0, a, kLanes, to, kLanes, work);
+      }
       store(to, load(to) * kFirst);
       for (int64_t i = p.h; i < padded(p.h); ++i) store(to + i * kLanes, f32{});
     }
   }
 
   void leave(int64_t begin, int64_t end) const {
+    const T* noise = p.kind == Kind::blur ? input(p.noise) : nullptr;
     for (int64_t s = begin; s < end; ++s) {
       float* from = strip(image, s);
+      T* to = output() + s * kLanes;
       store(from, load(from) * kFirst);
-      back(p.along_h, 0, from, kLanes, a + (s - begin) * tall(p), kLanes, work);
-    }
-    T* y = output();
-    const auto put = [&](int64_t to, f32 v, int n) { n == kLanes ? store(y + to, v) : store_n(y + to, v, n); };
-    if (const T* noise = p.kind == Kind::blur ? input(p.noise) : nullptr) {
-      const float sigma = p.sigma[plane / p.channels];
-      each(begin, end, [&](int64_t to, const float* from, int n) {
-        put(to, load(from) + (n == kLanes ? load(noise + to) : load_n(noise + to, n)) * sigma, n);
-      });
-    } else {
-      each(begin, end, [&](int64_t to, const float* from, int n) { put(to, load(from), n); });
+      if (direct(s) && !noise) {
+        back(p.along_h, 0, from, kLanes, reinterpret_cast<float*>(to), p.w, work);
+        continue;
+      }
+      back(p.along_h, 0, from, kLanes, a, kLanes, work);
+      const int n = width(s);
+      for (int64_t i = 0; i < p.h; ++i) {
+        f32 v = load(a + i * kLanes);
+        if (noise) v += part(noise + i * p.w + s * kLanes, n) * p.sigma[plane / p.channels];
+        store_n(to + i * p.w, v, n, false);
+      }
     }
   }
 
@@ -137,23 +139,25 @@ struct Plane {
   void take(const T* x, float* z, int64_t n, float* line) const {
     if (p.columns && p.kind != Kind::inverse)
       return gather(padded(p.w), kLanes, [=, from = z + n * kLanes * kLanes](int r) { return from + r * kLanes; }, tall(p), 1.0f, line);
-    each_row(n, work, [x](int64_t from, float* to, const auto& get, const auto&) { store(to, get(x + from)); });
-    gather(padded(p.w), kLanes, [this](int r) { return work + r * padded(p.w); }, kLanes, 1.0f, line);
-  }
-
-  // f(element of the plane, its place in rows of whole vectors, load, store) for the rows of block n, as memory has them.
-  template <class F>
-  void each_row(int64_t n, float* lines, const F& f) const {
-    const int64_t begin = n * kLanes, end = least(rows(), begin + kLanes);
-    for (int64_t r = begin; r < end; ++r)
-      for_vectors(p.w, [&](int64_t j, const auto& get, const auto& put, int) { f(r * p.w + j, lines + (r - begin) * padded(p.w) + j, get, put); });
+    gather(p.w, rows() - n * kLanes, [=, this, from = x + n * kLanes * p.w](int r) { return from + r * p.w; }, kLanes, 1.0f, line);
   }
 
   void give(int64_t n, const float* line, float scale) const {
     if (p.columns && p.kind != Kind::forward)
       return scatter(padded(p.w), kLanes, line, scale, image + n * kLanes * kLanes, kLanes, tall(p));
-    scatter(padded(p.w), kLanes, line, scale, c, padded(p.w), kLanes);
-    each_row(n, c, [y = output()](int64_t to, const float* from, const auto&, const auto& put) { put(y + to, load(from)); });
+    scatter(p.w, rows() - n * kLanes, line, scale, output() + n * kLanes * p.w, p.w, kLanes);
+  }
+
+  // While the rows of block n are transformed, memory fetches those of the next plane and what they will be added to or stored in.
+  [[gnu::always_inline]] void fetch(int64_t n) const {
+    if (p.h * p.w <= kNear || p.h * p.w > kFar) return;
+    const int64_t first = n * kLanes * p.w, count = least(p.h * p.w - first, kLanes * p.w), next = first + p.h * p.w;
+    if (plane + 1 < p.planes) {
+      fetch_lines<false>(input(p.x) + next, count);
+      if (p.eps) fetch_lines<false>(input(p.eps) + next, count);
+    }
+    if (p.noise) fetch_lines<false>(input(p.noise) + first, count);
+    fetch_lines<true>(output() + first, count);
   }
 
   void forward(const float* x, float* y) const {
@@ -182,8 +186,7 @@ struct Plane {
 
   void product(int64_t n) const {
     for (int64_t j = 0; j < p.w; ++j) store(a + j * kLanes, load(a + j * kLanes) * load(b + j * kLanes));
-    scatter(padded(p.w), kLanes, a, norm(p) * norm(p), work, padded(p.w), kLanes);
-    each_row(n, work, [y = p.product + first()](int64_t to, const float* from, const auto&, const auto& put) { put(y + to, load(from)); });
+    scatter(p.w, rows() - n * kLanes, a, norm(p) * norm(p), p.product + first() + n * kLanes * p.w, p.w, kLanes);
   }
 
   // The blur's factor of the rows of block n; zeros beyond them.
@@ -239,6 +242,7 @@ struct Plane {
   }
 
   void block(int64_t n) const {
+    fetch(n);
     take(input(p.x), image, n, a);
     if (p.kind == Kind::inverse) {
       inverse(a, b);
@@ -290,6 +294,6 @@ void run(const Problem& p, int64_t plane, Phase phase, int64_t begin, int64_t en
 
 }  // namespace
 
-const Kernels kernels{strips, blocks, group, image, scratch, arrange, decay, run};
+const Kernels kernels{strips, blocks, image, scratch, arrange, decay, run};
 
 }  // namespace fastdiff::dct::FASTDIFF_ISA

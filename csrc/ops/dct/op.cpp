@@ -20,6 +20,7 @@ using torch::stable::Tensor;
 constexpr int64_t kRowsOfAnItem = 64;  // where rows alone are transformed
 constexpr int64_t kItem = 1 << 14;     // floats: an item is several small planes
 constexpr int64_t kPlane = 1 << 18;    // floats; a larger one is shared by the threads
+constexpr int64_t kStrips = 4;         // of columns are an item of it: whole cache lines of any dtype
 constexpr int64_t kParts = 48;         // below, one dense product is less work than the passes between two
 
 struct Tables {
@@ -125,11 +126,11 @@ struct Call {
   void run() const {
     const Kernels& kernels = pick_kernels();
     const int64_t image = kernels.image(p), scratch = kernels.scratch(p), strips = kernels.strips(p), blocks = kernels.blocks(p);
-    const int64_t group = kernels.group(p), groups = (strips + group - 1) / group;
+    const int64_t groups = (strips + kStrips - 1) / kStrips;
     const bool enters = p.columns && p.kind != Kind::inverse, leaves = p.columns && p.kind != Kind::forward;
     const auto part = [&](int64_t plane, Phase phase, int64_t i, float* own, float* rest) {
       if (phase == Phase::rows) kernels.run(p, plane, phase, i, i + 1, own, rest);
-      else kernels.run(p, plane, phase, i * group, std::min(strips, (i + 1) * group), own, rest);
+      else kernels.run(p, plane, phase, i * kStrips, std::min(strips, (i + 1) * kStrips), own, rest);
     };
     const auto phases = [&](const auto& each) {
       if (enters) each(Phase::enter, groups);

@@ -60,8 +60,8 @@ struct Problem {
 enum class Phase { enter, rows, leave };
 
 struct Kernels {
-  // Strips of columns, blocks of rows, and most strips of a call; floats of an image, and of what an item needs beside it.
-  int64_t (*strips)(const Problem&), (*blocks)(const Problem&), (*group)(const Problem&), (*image)(const Problem&), (*scratch)(const Problem&);
+  // Strips of columns and blocks of rows; floats of an image, and of what an item needs beside it.
+  int64_t (*strips)(const Problem&), (*blocks)(const Problem&), (*image)(const Problem&), (*scratch)(const Problem&);
   void (*arrange)(const Problem&, const float* gain, float* arranged);  // padded rows x padded columns
   // factor exp(-(pi i / n)^2 width^2 / 2) for i < n of every sample.
   void (*decay)(int64_t samples, const float* width, int64_t n, float factor, float* to);
