@@ -8,8 +8,8 @@ namespace {
 // The factor of element 0 beside the others, which the sums of split.h leave out.
 constexpr float kFirst = 0x1.6a09e6p-1f;
 constexpr float kPi = 0x1.921fb6p+1f;
-// Planes of more elements than the first level's cache holds are fetched ahead, those that do not fit the second level's are not.
-constexpr int64_t kNear = 1 << 13, kFar = 1 << 16;
+// Planes of more elements do not fit the second level's cache, and are not fetched ahead.
+constexpr int64_t kFar = 1 << 16;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -150,7 +150,7 @@ struct Plane {
 
   // While the rows of block n are transformed, memory fetches those of the next plane and what they will be added to or stored in.
   [[gnu::always_inline]] void fetch(int64_t n) const {
-    if (p.h * p.w <= kNear || p.h * p.w > kFar) return;
+    if (p.h * p.w > kFar) return;
     const int64_t first = n * kLanes * p.w, count = least(p.h * p.w - first, kLanes * p.w), next = first + p.h * p.w;
     if (plane + 1 < p.planes) {
       fetch_lines<false>(input(p.x) + next, count);
