@@ -255,7 +255,7 @@ def dct(x, *, dims=2):
     Dtypes   float32, float16, bfloat16, float64; computed in float32 (float64 in the reference)
     Grads    x; every order, by the inverse transform
     Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
-    Source   Plonka & Tasche 2005 (stable splitting into transforms of half the length)
+    Source   Plonka & Tasche 2005 (stable splitting into transforms of half the length); Yang & Narasimha 1985 (into coprime parts)
     """
     return _transform("dct", x, dims, False)
 
@@ -267,7 +267,7 @@ def idct(x, *, dims=2):
     Dtypes   float32, float16, bfloat16, float64; computed in float32 (float64 in the reference)
     Grads    x; every order, by the transform
     Raises   ValueError naming the argument, what was wanted and what was given; TypeError for a non-tensor
-    Source   Plonka & Tasche 2005 (stable splitting into transforms of half the length)
+    Source   Plonka & Tasche 2005 (stable splitting into transforms of half the length); Yang & Narasimha 1985 (into coprime parts)
     """
     return _transform("idct", x, dims, True)
 
