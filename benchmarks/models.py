@@ -365,7 +365,7 @@ def measure(name, pass_, threads, budget, notes):
         try:
             suite.same(run, runs[run](0)[:checked], plain, "float32")
         except Exception as failure:
-            # A compiler may fail in any way: a note on the compiled runs. That ours computes something else is a note if the plain one does too.
+            # A compiler may fail in any way: a note on the compiled runs. Where it fails on the plain model, it may on ours too.
             compiles = "compile" in runs or not case.package
             if run == "accelerated" or (run in OURS and compiles and isinstance(failure, suite.Wrong)):
                 raise
