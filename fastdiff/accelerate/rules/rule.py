@@ -86,9 +86,17 @@ FROM = {"group norm": (1 << 14, 1 << 18), "modulated group norm": (0, 1 << 17), 
         "gate and norm": (0, 1 << 17), "geglu": (0, 1 << 16)}
 
 
+# What torch.compile fuses with its neighbours on a CPU, which gains more: a compiled DiT of 256 tokens took 6 % longer with these ops.
+FUSED = frozenset(("layer norm", "gate", "gate and norm", "geglu"))
+
+
 def pays(op, x):
     """Whether an op of FROM gains at x."""
-    return x.device.type != "cpu" or x.numel() >= FROM[op][torch.is_grad_enabled() and x.requires_grad]
+    if x.device.type != "cpu":
+        return True
+    if op in FUSED and torch.compiler.is_compiling():
+        return False
+    return x.numel() >= FROM[op][torch.is_grad_enabled() and x.requires_grad]
 
 
 def watched(*modules):
