@@ -11,7 +11,9 @@ constexpr float kPi = 0x1.921fb6p+1f;
 // Planes of more elements do not fit the second level's cache, and are not fetched ahead.
 constexpr int64_t kFar = 1 << 16;
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+// The first n elements, at most kLanes.
+template <class T>
+inline f32 load_part(const T* x, int n) { return n == kLanes ? load(x) : load_n(x, n); }
 
 int64_t longest(const Problem& p) { return padded(p.h > p.w ? p.h : p.w); }
 int64_t strips(const Problem& p) { return vectors(p.w); }
@@ -35,7 +37,7 @@ inline void gather(int64_t columns, int64_t rows, const F& row, int64_t step, fl
       for (int r = 0; r < kLanes; ++r) v[r] = load(row(r) + at);
     } else {
       const int n = static_cast<int>(least(kLanes, columns - j));
-      for (int r = 0; r < kLanes; ++r) v[r] = r >= rows ? f32{} : n == kLanes ? load(row(r) + at) : load_n(row(r) + at, n);
+      for (int r = 0; r < kLanes; ++r) v[r] = r >= rows ? f32{} : load_part(row(r) + at, n);
     }
     transpose(v);
 #pragma GCC unroll 16
@@ -98,7 +100,6 @@ struct Plane {
   // How many lanes of strip s are the plane's; and whether memory has the strip as a transform does.
   int width(int64_t s) const { return static_cast<int>(least(kLanes, p.w - s * kLanes)); }
   bool direct(int64_t s) const { return std::is_same_v<T, float> && width(s) == kLanes; }
-  static f32 part(const T* x, int n) { return n == kLanes ? load(x) : load_n(x, n); }
 
   void enter(const T* x, float* z, int64_t begin, int64_t end) const {
     for (int64_t s = begin; s < end; ++s) {
@@ -107,7 +108,7 @@ struct Plane {
       if (direct(s)) {
         two(p.along_h, 0, reinterpret_cast<const float*>(from), p.w, to, kLanes, work);
       } else {
-        for (int64_t i = 0; i < p.h; ++i) store(a + i * kLanes, part(from + i * p.w, width(s)));
+        for (int64_t i = 0; i < p.h; ++i) store(a + i * kLanes, load_part(from + i * p.w, width(s)));
         two(p.along_h, 0, a, kLanes, to, kLanes, work);
       }
       store(to, load(to) * kFirst);
@@ -129,7 +130,7 @@ struct Plane {
       const int n = width(s);
       for (int64_t i = 0; i < p.h; ++i) {
         f32 v = load(a + i * kLanes);
-        if (noise) v += part(noise + i * p.w + s * kLanes, n) * p.sigma[plane / p.channels];
+        if (noise) v += load_part(noise + i * p.w + s * kLanes, n) * p.sigma[plane / p.channels];
         store_n(to + i * p.w, v, n, false);
       }
     }
@@ -192,7 +193,7 @@ struct Plane {
   // The blur's factor of the rows of block n; zeros beyond them.
   f32 blur_h(int64_t n) const {
     const float* rows = p.blur_h + plane / p.channels * p.h + n * kLanes;
-    return p.h - n * kLanes >= kLanes ? load(rows) : load_n(rows, static_cast<int>(p.h - n * kLanes));
+    return load_part(rows, static_cast<int>(least(kLanes, p.h - n * kLanes)));
   }
 
   // In parts of 64 columns, so that no chain of additions is long.
